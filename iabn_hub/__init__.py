@@ -1,0 +1,20 @@
+"""Convolutional networks that train in half the memory: in-place activated BatchNorm, and networks built on it.
+
+Importing this package registers its models in timm. It compiles nothing and touches no network.
+"""
+
+from .layers import ABN, InPlaceABN, InPlaceABNSync, inplace_abn, inplace_abn_sync
+from .models import create_model, list_models
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ABN",
+    "InPlaceABN",
+    "InPlaceABNSync",
+    "__version__",
+    "create_model",
+    "inplace_abn",
+    "inplace_abn_sync",
+    "list_models",
+]

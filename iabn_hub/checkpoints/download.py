@@ -1,0 +1,161 @@
+"""One file over HTTP: resumed, retried, and with Google Drive's pages told apart from files."""
+
+from __future__ import annotations
+
+import html.parser
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urljoin
+
+import requests
+from tqdm import tqdm
+
+from .errors import DownloadError
+
+RETRY_STATUS = {408, 429, 500, 502, 503, 504}
+RETRIES = 4
+FIRST_PAUSE = 0.5  # seconds; doubles with each retry
+LONGEST_PAUSE = 60.0  # seconds; also the most that a server's Retry-After is obeyed
+TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
+CHUNK = 1 << 20
+
+
+class _Transient(Exception):
+    """Worth another try; `after` is the server's Retry-After in seconds, if it gave one."""
+
+    def __init__(self, message: str, after: float | None = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class _Page(html.parser.HTMLParser):
+    """What an HTML answer is: its title, Google Drive's error text, and the form behind 'Download anyway'."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.action = ""
+        self.fields: dict[str, str] = {}
+        self.error = self.title = self._reading = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        if tag == "form" and values.get("id") == "download-form":
+            self.action = values.get("action", "")
+        elif tag == "input" and self.action and values.get("type") == "hidden":
+            self.fields[values.get("name", "")] = values.get("value", "")
+        elif tag == "title":
+            self._reading = "title"
+        elif values.get("class") == "uc-error-subcaption":
+            self._reading = "error"
+
+    def handle_data(self, data: str) -> None:
+        if self._reading:
+            setattr(self, self._reading, getattr(self, self._reading) + data.strip())
+
+    def handle_endtag(self, tag: str) -> None:
+        self._reading = ""
+
+
+def open_session() -> requests.Session:
+    return requests.Session()
+
+
+def download(url: str, part: Path, bar: tqdm[Any]) -> None:
+    """Write the whole of `url` to `part`, continuing what an earlier attempt left there.
+
+    Args:
+        part: appended to if the server can continue, else written anew; kept when this fails, for a later resume.
+        bar: set to the total size and moved by each byte.
+
+    Raises:
+        DownloadError: the server refused, sent a page instead of a file, or kept failing.
+        OSError: `part` cannot be written.
+    """
+    with open_session() as session:
+        for attempt in range(RETRIES + 1):
+            try:
+                _attempt(session, url, part, bar)
+                return
+            except (_Transient, requests.RequestException) as e:
+                # Errors of the request itself will not go away; those of the connection may.
+                temporary = (
+                    _Transient, requests.ConnectionError, requests.Timeout,
+                    requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
+                )  # fmt: skip
+                reason = _reason(e)
+                if not isinstance(e, temporary):
+                    raise DownloadError(reason) from e
+                if attempt == RETRIES:
+                    raise DownloadError(f"{reason} (tried {RETRIES + 1} times)") from e
+                pause = FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)
+                if isinstance(e, _Transient) and e.after is not None:
+                    pause = e.after
+                pause = min(pause, LONGEST_PAUSE)
+                bar.write(f"{reason}; trying again in {pause:.1f} s", file=sys.stderr)
+                time.sleep(pause)
+
+
+def _reason(e: Exception) -> str:
+    if isinstance(e, requests.Timeout):
+        return "the server did not answer in time"
+    if isinstance(e, requests.ConnectionError):
+        return "the server cannot be reached"
+    return str(e)
+
+
+def _attempt(session: requests.Session, url: str, part: Path, bar: tqdm[Any]) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    with _request(session, url, have) as response:
+        if response.status_code == 416:  # what is there is longer than the file: not a part of it
+            part.unlink()
+            raise _Transient("the server could not continue the download")
+        continues = response.status_code == 206 and _range_start(response) == have
+        if response.status_code == 206 and not continues:
+            part.unlink(missing_ok=True)
+            raise _Transient("the server continued the download at the wrong place")
+        start = have if continues else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length and length.isdigit() else None
+        bar.reset(total)
+        bar.update(start)
+        received = start
+        with part.open("ab" if continues else "wb") as out:
+            for chunk in response.iter_content(CHUNK):
+                out.write(chunk)
+                received += len(chunk)
+                bar.update(len(chunk))
+    if total is not None and received != total:
+        raise _Transient(f"the connection ended after {received:,} of {total:,} bytes")
+
+
+def _range_start(response: requests.Response) -> int | None:
+    start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    return int(start) if start.isdigit() else None
+
+
+def _request(session: requests.Session, url: str, have: int) -> requests.Response:
+    """GET from byte `have` on, through Drive's confirm page if it shows one."""
+    # Compressed transfer would make byte positions meaningless.
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    for _ in range(3):
+        response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+        if response.status_code in RETRY_STATUS:
+            after = response.headers.get("Retry-After", "")
+            raise _Transient(f"HTTP {response.status_code}", float(after) if after.isdigit() else None)
+        if response.status_code == 416:
+            return response
+        is_page = response.headers.get("Content-Type", "").startswith("text/html")
+        if response.status_code >= 400 and not is_page:
+            raise DownloadError(f"HTTP {response.status_code} {response.reason}")
+        if not is_page:
+            return response
+        page = _Page(response.text)
+        if not page.action:
+            what = page.error or page.title or "no title"
+            raise DownloadError(f"HTTP {response.status_code} with a page instead of the file: {what}")
+        url = urljoin(url, page.action) + "?" + urlencode(page.fields)
+    raise DownloadError("the confirm page leads to itself")

@@ -1,0 +1,242 @@
+"""From a catalogue record to a verified file on this machine.
+
+Sources in order: the cache, a mirror, a Hugging Face Hub repository, Google Drive. Whatever the source,
+a file gets its final name only after its md5 has matched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import url2pathname
+
+import filelock
+import huggingface_hub
+import torch
+from tqdm import tqdm
+
+from .catalogue import Checkpoint, HubFile
+from .download import download
+from .errors import CacheError, CheckpointError, ChecksumError, DownloadError, OfflineError
+from .verify import is_verified, md5_of, remember
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
+LOCK_PATIENCE = 3600  # seconds another process may take for its download of the same file
+
+
+def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
+    """Where fetched files lie: the argument, `IABN_HUB_CACHE`, or torch.hub's checkpoints folder."""
+    return Path(cache or os.environ.get("IABN_HUB_CACHE") or Path(torch.hub.get_dir()) / "checkpoints").expanduser()
+
+
+def offline() -> bool:
+    """Whether downloads are off: `IABN_HUB_OFFLINE` or `HF_HUB_OFFLINE` is set to something but 0."""
+    return any(
+        os.environ.get(v, "").lower() in ("1", "true", "yes", "on") for v in ("IABN_HUB_OFFLINE", "HF_HUB_OFFLINE")
+    )
+
+
+def local_file(record: Checkpoint) -> Path | None:
+    """The file that a record names on this machine (the bundled network's, or one beside an added catalogue)."""
+    return Path(record.catalogue).parent / record.file if record.file else None
+
+
+def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None) -> list[tuple[Path, str]]:
+    """Where this checkpoint may lie in the cache, each with the md5 it must have; the files need not exist."""
+    folder = cache_folder(cache)
+    candidates = [(folder / record.filename, record.md5)]
+    if record.hub:
+        candidates.append((folder / f"{record.name}{_suffix(record.hub.filename)}", record.hub.md5))
+    return candidates
+
+
+def _suffix(filename: str) -> str:
+    return ".safetensors" if filename.endswith(".safetensors") else ".pth.tar"
+
+
+def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
+    """The verified file of a checkpoint, downloaded if it is not cached.
+
+    One process of the machine downloads, the others wait for it. An interrupted download resumes.
+
+    Args:
+        record: what to fetch.
+        cache: the folder to use instead of the default.
+        progress: show a bar with bytes and time left on stderr (only if that is a terminal).
+
+    Raises:
+        ChecksumError: a source gave other bytes than the published ones; they were removed.
+        OfflineError: not cached, and downloads are off.
+        CacheError: the cache cannot be written.
+        DownloadError: no source gave the file; says what each answered.
+    """
+    local = local_file(record)
+    if local:
+        return _verified_local(record, local)
+    candidates = cached_files(record, cache)
+    for path, md5 in candidates:
+        if is_verified(path, md5):
+            return path
+    target, md5 = candidates[0]
+    if offline():
+        raise OfflineError(
+            f"{record.name} is not in {target.parent} and downloads are off (IABN_HUB_OFFLINE or HF_HUB_OFFLINE). "
+            f"Put the file there as {target.name} (md5 {md5}), or allow downloads"
+        )
+    with _lock(target):
+        for path, md5 in candidates:
+            if is_verified(path, md5):
+                return path
+            if path.is_file():
+                _remove_wrong(record, path, md5)
+        return _from_sources(record, candidates, progress)
+
+
+def _verified_local(record: Checkpoint, path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"{record.name}: {path} does not exist; {record.catalogue} names it")
+    found = md5_of(path)
+    if found != record.md5:
+        raise ChecksumError(f"{record.name}: {path} has md5 {found}, expected {record.md5}. It was not loaded")
+    return path
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{target}.lock", timeout=LOCK_PATIENCE)
+        lock.acquire()
+    except filelock.Timeout as e:
+        raise CacheError(f"{target}: another process has held {e.lock_file} for {LOCK_PATIENCE} s; is it alive?") from e
+    except OSError as e:
+        raise CacheError(
+            f"cannot write to the cache folder {target.parent} ({e.strerror}): set IABN_HUB_CACHE to one that you can"
+        ) from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_wrong(record: Checkpoint, path: Path, md5: str) -> None:
+    print(
+        f"{record.name}: {path} has md5 {md5_of(path)}, expected {md5}; removing it and fetching it again",
+        file=sys.stderr,
+    )
+    path.unlink()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One place a file may come from: its name for messages, and how to write it to a path."""
+
+    name: str
+    save: Callable[[Path, tqdm[Any]], None]
+
+
+def _from_sources(record: Checkpoint, candidates: list[tuple[Path, str]], progress: bool) -> Path:
+    answers = []
+    for source, (target, md5) in _sources(record, candidates):
+        try:
+            return _save(record, source, target, md5, progress)
+        except DownloadError as e:
+            answers.append(f"  {source.name}: {e}")
+    if not answers:
+        raise DownloadError(
+            f"{record.name}: nothing names a place to fetch it from. Set IABN_HUB_MIRROR to a folder or server that "
+            f"holds {record.filename}, or put that file into {candidates[0][0].parent}"
+        )
+    raise DownloadError(
+        f"{record.name} could not be fetched:\n" + "\n".join(answers) + "\n"
+        f"Try again later, set IABN_HUB_MIRROR, or put the file (md5 {record.md5}) at {candidates[0][0]}"
+    )
+
+
+def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator[tuple[_Source, tuple[Path, str]]]:
+    mirror = os.environ.get("IABN_HUB_MIRROR", "").rstrip("/")
+    if mirror:
+        url = f"{mirror}/{quote(record.filename)}"
+        yield _Source(f"mirror {url}", _reader(url)), candidates[0]
+    hub = record.hub
+    if hub:
+        yield _Source(f"Hub {hub.repo}@{hub.revision}", lambda part, bar: _from_hub(hub, part)), candidates[1]
+    if record.google_drive_id:
+        query = urlencode({"id": record.google_drive_id, "export": "download", "confirm": "t"})
+        url = f"https://drive.usercontent.google.com/download?{query}"
+        yield _Source(f"Google Drive {record.google_drive_id}", _reader(url)), candidates[0]
+
+
+def _reader(url: str) -> Callable[[Path, tqdm[Any]], None]:
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return lambda part, bar: _copy(Path(url2pathname(parts.path)), part, bar)
+    if parts.scheme in ("http", "https"):
+        return lambda part, bar: download(url, part, bar)
+
+    def refuse(part: Path, bar: tqdm[Any]) -> None:
+        raise DownloadError("IABN_HUB_MIRROR must start with http://, https:// or file://")
+
+    return refuse
+
+
+def _copy(origin: Path, part: Path, bar: tqdm[Any]) -> None:
+    try:
+        size = origin.stat().st_size
+        source = origin.open("rb")
+    except OSError as e:
+        raise DownloadError(f"{e.strerror}") from e
+    with source, part.open("wb") as out:
+        bar.reset(size)
+        while chunk := source.read(1 << 20):
+            out.write(chunk)
+            bar.update(len(chunk))
+
+
+def _from_hub(hub: HubFile, part: Path) -> None:
+    staging = part.with_name(part.name + ".hub")
+    try:
+        # The Hub's own cache is left out: one cache, and one place where a digest is checked.
+        path = huggingface_hub.hf_hub_download(hub.repo, hub.filename, revision=hub.revision, local_dir=staging)
+        os.replace(path, part)
+    except Exception as e:  # the client's HTTP library is its own affair, and so are the errors that it lets through
+        if isinstance(e, OSError) and e.errno in DISK_ERRORS:
+            raise
+        raise DownloadError((str(e).strip() or type(e).__name__).splitlines()[0]) from e
+    shutil.rmtree(staging, ignore_errors=True)  # kept on failure: the next attempt resumes from it
+
+
+def _save(record: Checkpoint, source: _Source, target: Path, md5: str, progress: bool) -> Path:
+    # The digest is in the name, so that a resumed download never continues another version of the file.
+    part = target.with_name(f"{target.name}.{md5[:8]}.partial")
+    bar: tqdm[Any] = tqdm(
+        desc=record.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True
+    )
+    try:
+        with bar:
+            source.save(part, bar)
+        found = md5_of(part)
+        if found != md5:
+            size = part.stat().st_size
+            part.unlink()
+            raise ChecksumError(
+                f"{record.name}: md5 is {found}, expected {md5} (source: {source.name}, {size:,} bytes). "
+                "The file was removed. Fetch it again; if it happens again, the source is damaged or was changed"
+            )
+        os.replace(part, target)
+        remember(target, md5)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise CacheError(
+            f"{part}: cannot write ({e.strerror}): free some space, or set IABN_HUB_CACHE to another folder"
+        ) from e
+    return target

@@ -1,0 +1,72 @@
+"""State dicts in the layout of mapillary/inplace_abn, translated to ours by name alone.
+
+One table serves all families: their legacy names do not clash. Names that are already ours stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def _layer(legacy_module: str) -> str:
+    """'mod2' is our 'layer1': the stem was counted as the first module."""
+    return f"layer{int(legacy_module) - 1}"
+
+
+def _block(match: re.Match[str]) -> str:
+    """mod3.block2.convs.bn1.weight → layer2.1.bn1.weight; projections become the downsample branch."""
+    module, number, rest = match.groups()
+    projection = {"proj_conv": "downsample.0", "proj_bn": "downsample.1"}
+    part, _, name = rest.partition(".")
+    if part == "convs":
+        return f"{_layer(module)}.{int(number) - 1}.{name}"
+    return f"{_layer(module)}.{int(number) - 1}.{projection.get(part, part)}.{name}"
+
+
+def _dense(match: re.Match[str]) -> str:
+    """mod2.convs3.4.bn.weight → layer1.block.4.bn2.weight; convs1 is the 1×1 pair, convs3 the 3×3 one."""
+    module, kernel, number, part, name = match.groups()
+    return f"{_layer(module)}.block.{number}.{part}{1 if kernel == '1' else 2}.{name}"
+
+
+_RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"mod1\.(.+)"), lambda m: m[1]),
+    (re.compile(r"mod(\d)\.block(\d+)\.(.+)"), _block),
+    (re.compile(r"mod(\d)\.convs([13])\.(\d+)\.(bn|conv)\.(.+)"), _dense),
+    (re.compile(r"tra(\d)\.(bn|conv)\.(.+)"), lambda m: f"layer{m[1]}.transition.{m[2]}.{m[3]}"),
+    (re.compile(r"bn_out\.(.+)"), lambda m: f"norm.{m[1]}"),
+    (re.compile(r"classifier\.fc\.(.+)"), lambda m: f"fc.{m[1]}"),
+)
+
+
+def is_legacy(names: Mapping[str, object]) -> bool:
+    """Whether these are names of the legacy layout (all its networks have a `mod1`)."""
+    return any(name.removeprefix("module.").startswith("mod1.") for name in names)
+
+
+def current_name(name: str) -> str:
+    """Our name for a legacy parameter or buffer; other names come back unchanged."""
+    for pattern, translate in _RULES:
+        match = pattern.fullmatch(name)
+        if match:
+            return translate(match)
+    return name
+
+
+def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
+    """The state dict under our names, without the `module.` that a data-parallel wrapper leaves.
+
+    A state dict in our layout comes back with the same names.
+    """
+    bare = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    if not is_legacy(bare):
+        return bare
+    names = {name: current_name(name) for name in bare}
+    # Pre-activation blocks have no norm on their projection, so that branch is the convolution alone.
+    if not any(name.startswith("layer") and ".downsample.1." in name for name in names.values()):
+        names = {old: new.replace(".downsample.0.", ".downsample.") for old, new in names.items()}
+    return {names[name]: value for name, value in bare.items()}

@@ -1,0 +1,61 @@
+"""The activations that can be undone from their output, and their names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# The operators take the activation as an integer, so that their schema needs no strings.
+IDENTITY, LEAKY_RELU, ELU = range(3)
+
+INVERTIBLE = {"identity": IDENTITY, "leaky_relu": LEAKY_RELU, "elu": ELU}
+ACTIVATIONS = (*INVERTIBLE, "relu")
+
+
+def invertible_activation(name: str, param: float) -> int:
+    """The number the operators know an activation by, or a ValueError that says what to use instead."""
+    if name == "relu":
+        raise ValueError(
+            "activation 'relu' cannot be inverted: it maps every negative value to 0, so the backward pass could not "
+            "recover its input. Use 'leaky_relu' (a slope of 0.01 is the usual choice), 'elu' or 'identity', "
+            "or ABN, which keeps its input and accepts 'relu'"
+        )
+    if name not in INVERTIBLE:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(INVERTIBLE)}")
+    if name != "identity" and not (param > 0 and math.isfinite(param)):
+        what = "negative slope" if name == "leaky_relu" else "alpha"
+        raise ValueError(f"activation_param is {param}: the {what} of {name} must be positive, or it has no inverse")
+    return INVERTIBLE[name]
+
+
+def activate_(z: Tensor, activation: int, param: float) -> Tensor:
+    """Overwrite z, any shape, with act(z)."""
+    if activation == LEAKY_RELU:
+        return torch.nn.functional.leaky_relu_(z, param)
+    if activation == ELU:
+        return torch.nn.functional.elu_(z, param)
+    return z
+
+
+def invert(y: Tensor, activation: int, param: float, eps: float) -> Tensor:
+    """act⁻¹(y) as a new tensor; `eps` is the machine epsilon of the dtype that y was stored in.
+
+    A saturated ELU is stored as exactly -alpha, whose inverse is -inf. The largest z that rounds
+    there, log(eps / 4), stands in for it, so that x̂ stays finite (its gradient is 0 anyway).
+    """
+    if activation == LEAKY_RELU:
+        return torch.where(y < 0, y / param, y)
+    if activation == ELU:
+        return torch.where(y < 0, torch.log1p((y / param).clamp(min=eps / 4 - 1)), y)
+    return y.clone()
+
+
+def gradient(y: Tensor, dy: Tensor, activation: int, param: float) -> Tensor:
+    """dy · act'(act⁻¹(y)) as a new tensor; the derivative is known from the output alone."""
+    if activation == LEAKY_RELU:
+        return torch.where(y < 0, dy * param, dy)
+    if activation == ELU:
+        return torch.where(y < 0, dy * (y + param), dy)
+    return dy.clone()

@@ -1,0 +1,237 @@
+"""In-place activated batch normalisation as functions: `inplace_abn` and `inplace_abn_sync`.
+
+Rota Bulò, Porzi, Kontschieder: In-Place Activated BatchNorm for Memory-Optimized Training of DNNs,
+CVPR 2018; the backward pass is the paper's "InPlace-ABN II" (section 3), which recovers x̂ from the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import distributed, ops
+from .activations import invertible_activation
+
+
+def inplace_abn(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool = True,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky_relu",
+    activation_param: float = 0.01,
+    *,
+    residual: Tensor | None = None,
+    inplace: bool = True,
+    signed_scale: bool = False,
+) -> Tensor:
+    """Batch normalisation, an optional residual join, and an invertible activation; keeps only its output.
+
+    Computes ``y = act(γ·(x - μ)/sqrt(σ² + eps) + β [+ residual])`` per channel, where γ is ``|weight| + eps``
+    and β is ``bias``. For the backward pass it keeps y (and the residual, by reference), never x.
+
+    Args:
+        x: shape (N, C) or (N, C, *), float16, bfloat16, float32 or float64, any strides. Overwritten with the
+            result unless ``inplace=False``.
+        weight: shape (C,), or None for γ = 1. May be of another floating dtype than x.
+        bias: shape (C,), or None for β = 0.
+        running_mean, running_var: shape (C,), used in eval mode; in training updated in place with
+            ``running += momentum·(batch - running)``, the variance unbiased. None: not tracked.
+        training: use the statistics of this batch instead of the running ones.
+        momentum: weight of this batch in the running statistics, a number or a tensor of one element.
+        eps: added to the variance and to the scale.
+        activation: ``leaky_relu``, ``elu`` or ``identity``.
+        activation_param: negative slope of leaky_relu, alpha of elu; positive.
+        residual: same shape as x, any floating dtype; added before the activation. Not overwritten.
+        inplace: False writes the result to a new tensor and leaves x alone; what is kept stays the same.
+        signed_scale: γ is ``sign(weight)·(|weight| + eps)``, so that weights of a standard BatchNorm fit.
+
+    Returns:
+        y, with shape and dtype of x: x itself when ``inplace``.
+
+    Raises:
+        ValueError: wrong shapes, one value per channel in training, an activation without an inverse,
+            or eval mode without running statistics.
+        TypeError: x is not of a floating dtype.
+    """
+    return _forward(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
+        residual, inplace, signed_scale, distributed.ALONE,
+    )  # fmt: skip
+
+
+def inplace_abn_sync(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool = True,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    activation: str = "leaky_relu",
+    activation_param: float = 0.01,
+    group: Any = None,
+    *,
+    residual: Tensor | None = None,
+    inplace: bool = True,
+    signed_scale: bool = False,
+) -> Tensor:
+    """`inplace_abn` with batch statistics over all processes of a group.
+
+    Batches may differ in size between the processes. Without a process group it is `inplace_abn`.
+
+    Args:
+        group: a `torch.distributed` group, or None for the default one. The other arguments are those
+            of `inplace_abn`.
+    """
+    return _forward(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
+        residual, inplace, signed_scale, distributed.Peers.of(group),
+    )  # fmt: skip
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str,
+    activation_param: float,
+    residual: Tensor | None,
+    inplace: bool,
+    signed_scale: bool,
+    peers: distributed.Peers,
+) -> Tensor:
+    act = invertible_activation(activation, activation_param)
+    _check(x, residual, inplace, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if residual is not None:
+        residual = residual.to(x.dtype)
+
+    values = x.numel() // max(1, x.size(1))  # per channel
+    count: int | Tensor = values
+    if training:
+        if values == 1 and peers.count == 1:
+            raise one_value_per_channel(x)
+        with torch.no_grad():
+            mean, var = ops.statistics(x.detach())
+            if peers.count > 1:
+                mean, var, count = peers.merge_statistics(mean, var, values)
+            if running_mean is not None and running_var is not None:
+                _track(running_mean, running_var, mean, var, count, momentum)
+    elif running_mean is None or running_var is None:
+        raise ValueError("eval mode needs running_mean and running_var; pass training=True to use the batch instead")
+    else:
+        # Copies of (C,): the running statistics may move on before the backward pass.
+        mean, var = running_mean.clone(), running_var.clone()
+
+    y: Tensor = _InPlaceABN.apply(
+        x, weight, bias, residual, mean, var, count if training else None,
+        (eps, act, activation_param, signed_scale), inplace, peers,
+    )  # fmt: skip
+    return y
+
+
+def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"the input must be of a floating dtype, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"the input must be (N, C) or (N, C, *), got shape {tuple(x.shape)}")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (x.size(1),):
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, but the input {tuple(x.shape)} has {x.size(1)} channels"
+            )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}: they must be equal")
+    if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise ValueError("the input is a leaf that requires a gradient and cannot be overwritten: use inplace=False")
+
+
+def one_value_per_channel(x: Tensor) -> ValueError:
+    return ValueError(
+        f"training needs more than one value per channel, got an input of shape {tuple(x.shape)}: "
+        "use a larger batch, or eval() to normalise with the running statistics"
+    )
+
+
+def _track(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | Tensor
+) -> None:
+    if isinstance(count, int) and count == 0:
+        return  # an empty batch says nothing, as in BatchNorm
+    unbiased = var * (count / (count - 1))
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
+        running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))
+
+
+class _InPlaceABN(torch.autograd.Function):
+    """From x and the statistics to y; its gradients are those of the whole layer, statistics included."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: int | Tensor | None,
+        options: tuple[float, int, float, bool],
+        inplace: bool,
+        peers: distributed.Peers,
+    ) -> Tensor:
+        if inplace:
+            ops.normalize_(x, mean, var, weight, bias, residual, *options)
+            ctx.mark_dirty(x)
+            y = x
+        else:
+            y = ops.normalize(x, mean, var, weight, bias, residual, *options)
+        ctx.save_for_backward(y, weight, bias, residual, var, count if isinstance(count, Tensor) else None)
+        ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, residual, var, count = ctx.saved_tensors
+        count = ctx.count if count is None else count
+        training = count is not None
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        recover = (weight, bias, residual, *ctx.options)
+        dx = d_weight = d_bias = d_residual = mean_dz = mean_dz_xhat = None
+
+        if want_weight or want_bias or (want_x and training):
+            sum_dz, sum_dz_xhat = ops.gradient_sums(y, dy, *recover)
+            if want_bias:
+                d_bias = sum_dz.to(bias.dtype)
+            if want_weight:
+                signed_scale = ctx.options[3]
+                # dγ/dw is sign(w) with sign(0) = +1; the signed scale grows with w everywhere.
+                d_weight = sum_dz_xhat if signed_scale else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
+                d_weight = d_weight.to(weight.dtype)
+            if want_x and training:
+                if ctx.peers.count > 1:
+                    sum_dz, sum_dz_xhat = ctx.peers.add(sum_dz, sum_dz_xhat)
+                share = 1 / count if isinstance(count, Tensor) else 1 / max(1, count)
+                mean_dz, mean_dz_xhat = sum_dz * share, sum_dz_xhat * share
+
+        if want_x or want_residual:
+            identity = ctx.options[1] == 0
+            dx, dz = ops.input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_residual and not identity, *recover)
+            if want_residual:
+                d_residual = dy if identity else dz
+        return dx, d_weight, d_bias, d_residual, None, None, None, None, None, None

@@ -1,0 +1,255 @@
+"""The layers as modules: ABN, InPlaceABN and InPlaceABNSync, with the argument names of inplace_abn."""
+
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .activations import ACTIVATIONS, invertible_activation
+from .functional import inplace_abn, inplace_abn_sync
+from .reference import effective_scale
+
+
+class ABN(nn.Module):
+    """A standard BatchNorm followed by its activation, in one module: `y = act(BN(x) [+ residual])`.
+
+    The scale is `weight` itself, as in `torch.nn.BatchNorm2d`. Use it for checkpoints trained with standard
+    BatchNorm, for 'relu', and as the baseline of a comparison; it keeps its input for the backward pass.
+
+    Args:
+        num_features: channels C of the (N, C) or (N, C, *) input.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics; None for their plain average so far.
+        affine: learn `weight` and `bias`, both (C,).
+        track_running_stats: keep running statistics; without them every mode uses the batch.
+        activation: 'relu', 'leaky_relu', 'elu' or 'identity'.
+        activation_param: negative slope of leaky_relu, alpha of elu.
+
+    Raises:
+        ValueError: unknown activation; at call time, one value per channel in training.
+    """
+
+    _version = 2  # 2: num_batches_tracked
+    num_batches_tracked: Optional[Tensor]
+    running_mean: Optional[Tensor]
+    running_var: Optional[Tensor]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str = "leaky_relu",
+        activation_param: float = 0.01,
+        *,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.activation = activation
+        self.activation_param = activation_param
+        self._check_activation()
+        where: Dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_features, **where)) if affine else None
+        self.bias = nn.Parameter(torch.empty(num_features, **where)) if affine else None
+        if track_running_stats:
+            self.register_buffer("running_mean", torch.empty(num_features, **where))
+            self.register_buffer("running_var", torch.empty(num_features, **where))
+            self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long, device=device))
+        else:
+            self.running_mean = self.running_var = self.num_batches_tracked = None
+        self.reset_parameters()
+
+    def _check_activation(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+
+    @torch.jit.unused
+    def reset_running_stats(self) -> None:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    @torch.jit.unused
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """act(BN(x) [+ residual]) as a new tensor; x and residual (N, C, *) of one shape."""
+        return self._standard(x, residual, self.weight)
+
+    def _standard(self, x: Tensor, residual: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
+        """The layer from standard operators alone; also what TorchScript compiles of the in-place layers."""
+        momentum: Optional[float] = self.momentum
+        tracked = self.num_batches_tracked
+        if self.training and tracked is not None:
+            tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(tracked.item())
+        y = F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            scale,
+            self.bias,
+            self.training or self.running_mean is None,
+            0.0 if momentum is None else momentum,
+            self.eps,
+        )
+        if residual is not None:
+            y = y + residual
+        if self.activation == "relu":
+            return F.relu(y, inplace=True)
+        if self.activation == "leaky_relu":
+            return F.leaky_relu(y, self.activation_param, inplace=True)
+        if self.activation == "elu":
+            return F.elu(y, self.activation_param, inplace=True)
+        return y
+
+    @torch.jit.unused
+    def _load_from_state_dict(
+        self,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
+        key = prefix + "num_batches_tracked"
+        if self.num_batches_tracked is not None and (local_metadata.get("version") or 1) < 2 and key not in state_dict:
+            state_dict[key] = torch.zeros((), dtype=torch.long)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        parameter = f"[{self.activation_param}]" if self.activation in ("leaky_relu", "elu") else ""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"activation={self.activation}{parameter}"
+        )
+
+
+class InPlaceABN(ABN):
+    """BatchNorm and activation in place, keeping only the output for the backward pass.
+
+    See `iabn_hub.inplace_abn` for what is computed, kept and overwritten. Differs from `ABN` in its scale,
+    `|weight| + eps` (the published checkpoints need it), and in refusing 'relu', which has no inverse.
+
+    Args:
+        signed_scale: the scale is `sign(weight)·(|weight| + eps)`: weights of a standard BatchNorm load unchanged.
+        inplace: False leaves the input alone and writes a new tensor; what is kept stays the same.
+        num_features, eps, momentum, affine, track_running_stats, activation, activation_param: as in `ABN`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str = "leaky_relu",
+        activation_param: float = 0.01,
+        *,
+        signed_scale: bool = False,
+        inplace: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, activation, activation_param,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.signed_scale = signed_scale
+        self.inplace = inplace
+
+    def _check_activation(self) -> None:
+        invertible_activation(self.activation, self.activation_param)
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """act(γ·x̂ + β [+ residual]), (N, C, *) like x and residual; x is overwritten if `self.inplace`."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._standard(x, residual, self._scale())
+        return self._in_place(x, residual)
+
+    def _scale(self) -> Optional[Tensor]:
+        weight = self.weight
+        if weight is None:
+            return None
+        return effective_scale(weight, self.eps, self.signed_scale)
+
+    @torch.jit.unused
+    def _in_place(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+        return inplace_abn(x, residual=residual, **self._arguments())
+
+    @torch.jit.unused
+    def _arguments(self) -> Any:
+        """The functions' arguments from this layer's state, one batch further if in training."""
+        momentum: Any = self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 0.0 if self.num_batches_tracked is None else 1 / self.num_batches_tracked
+        names = ("weight", "bias", "running_mean", "running_var", "eps", "activation", "activation_param")
+        return {name: getattr(self, name) for name in (*names, "inplace", "signed_scale")} | {
+            "training": self.training or self.running_mean is None,
+            "momentum": momentum,
+        }
+
+    def extra_repr(self) -> str:
+        extra = (", signed_scale=True" if self.signed_scale else "") + ("" if self.inplace else ", inplace=False")
+        return super().extra_repr() + extra
+
+
+class InPlaceABNSync(InPlaceABN):
+    """InPlaceABN with batch statistics over a process group; without one it is InPlaceABN.
+
+    Args:
+        group: a `torch.distributed` group, or None for the default one. The rest as in `InPlaceABN`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str = "leaky_relu",
+        activation_param: float = 0.01,
+        group: Any = None,
+        *,
+        signed_scale: bool = False,
+        inplace: bool = True,
+        device: Any = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, activation, activation_param,
+            signed_scale=signed_scale, inplace=inplace, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.group = group
+
+    @torch.jit.unused
+    def set_group(self, group: Any) -> None:
+        """Synchronise over `group` from now on; not between a forward pass and its backward pass."""
+        self.group = group
+
+    @torch.jit.unused
+    def _in_place(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+        return inplace_abn_sync(x, residual=residual, group=self.group, **self._arguments())

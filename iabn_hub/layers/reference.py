@@ -1,0 +1,158 @@
+"""The operators in plain PyTorch: the default kernel on every device, and the oracle of the tests.
+
+Channels do not depend on each other, so each operator takes them a slab at a time. What it
+allocates besides its result stays below a few times SLAB_BYTES (or one channel, if that is larger).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .activations import activate_, gradient, invert
+from .ops import accumulate_dtype, lib
+
+SLAB_BYTES = 4 << 20  # of the accumulate dtype: small beside any activation worth saving, large beside call overhead
+
+
+def _slabs(x: Tensor) -> Iterator[slice]:
+    channels = x.size(1)
+    per_channel = max(1, x.numel() // max(1, channels)) * accumulate_dtype(x.dtype).itemsize
+    step = max(1, SLAB_BYTES // per_channel)
+    return (slice(start, start + step) for start in range(0, channels, step))
+
+
+def _column(v: Tensor, c: slice, like: Tensor) -> Tensor:
+    """Channels `c` of a per-channel vector, ready to broadcast over (N, C, *)."""
+    return v[c].to(accumulate_dtype(like.dtype)).view(1, -1, *[1] * (like.dim() - 2))
+
+
+def effective_scale(weight: Tensor, eps: float, signed_scale: bool) -> Tensor:
+    """γ, shape and dtype of `weight`."""
+    gamma = weight.abs() + eps
+    return torch.where(weight < 0, -gamma, gamma) if signed_scale else gamma
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    mean, var = (torch.zeros(x.size(1), dtype=dtype, device=x.device) for _ in range(2))
+    if x.numel() == 0:
+        return mean, var
+    dims = [0, *range(2, x.dim())]
+    for c in _slabs(x):
+        slab = x[:, c].to(dtype)
+        rough = slab.mean(dims)
+        centred = slab - _column(rough, slice(None), x)
+        # The rounding of the first mean is a shift that the second pass measures and takes out again.
+        shift = centred.mean(dims)
+        mean[c] = rough + shift
+        var[c] = (centred.square_().mean(dims) - shift.square()).clamp_(min=0)
+    return mean, var
+
+
+def _normalize_into(
+    out: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    signed_scale: bool,
+) -> None:
+    for c in _slabs(x):
+        scale = (_column(var, c, x) + eps).rsqrt_()
+        if weight is not None:
+            scale = scale * effective_scale(_column(weight, c, x), eps, signed_scale)
+        z = (x[:, c] - _column(mean, c, x)).mul_(scale)
+        if bias is not None:
+            z += _column(bias, c, x)
+        if residual is not None:
+            z += residual[:, c]
+        out[:, c] = activate_(z, activation, activation_param)
+
+
+def normalize(x: Tensor, *args: object) -> Tensor:
+    y = torch.empty_like(x)
+    _normalize_into(y, x, *args)  # type: ignore[arg-type]
+    return y
+
+
+def normalize_(x: Tensor, *args: object) -> None:
+    _normalize_into(x, x, *args)  # type: ignore[arg-type]
+
+
+def _recover(
+    y: Tensor,
+    dy: Tensor,
+    c: slice,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    signed_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    """dz and x̂ of channels `c`, as new tensors of the accumulate dtype."""
+    dtype = accumulate_dtype(y.dtype)
+    slab = y[:, c].to(dtype)
+    dz = gradient(slab, dy[:, c].to(dtype), activation, activation_param)
+    xhat = invert(slab, activation, activation_param, torch.finfo(y.dtype).eps)
+    if residual is not None:
+        xhat -= residual[:, c]
+    if bias is not None:
+        xhat -= _column(bias, c, y)
+    if weight is not None:
+        xhat /= effective_scale(_column(weight, c, y), eps, signed_scale)
+    return dz, xhat
+
+
+def gradient_sums(y: Tensor, dy: Tensor, *recover: object) -> tuple[Tensor, Tensor]:
+    sum_dz, sum_dz_xhat = (y.new_empty(y.size(1), dtype=accumulate_dtype(y.dtype)) for _ in range(2))
+    dims = [0, *range(2, y.dim())]
+    for c in _slabs(y):
+        dz, xhat = _recover(y, dy, c, *recover)  # type: ignore[arg-type]
+        sum_dz[c] = dz.sum(dims)
+        sum_dz_xhat[c] = xhat.mul_(dz).sum(dims)
+    return sum_dz, sum_dz_xhat
+
+
+def input_gradient(
+    y: Tensor,
+    dy: Tensor,
+    var: Tensor,
+    mean_dz: Tensor | None,
+    mean_dz_xhat: Tensor | None,
+    want_dz: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    signed_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(y)
+    dz_out = torch.empty_like(y) if want_dz else y.new_empty(0)
+    for c in _slabs(y):
+        dz, xhat = _recover(y, dy, c, weight, bias, residual, eps, activation, activation_param, signed_scale)
+        if want_dz:
+            dz_out[:, c] = dz
+        if mean_dz is not None and mean_dz_xhat is not None:
+            dz -= _column(mean_dz, c, y)
+            dz -= xhat.mul_(_column(mean_dz_xhat, c, y))
+        dz *= (_column(var, c, y) + eps).rsqrt_()
+        if weight is not None:
+            dz *= effective_scale(_column(weight, c, y), eps, signed_scale)
+        dx[:, c] = dz
+    return dx, dz_out
+
+
+for _kernel in (statistics, normalize, normalize_, gradient_sums, input_gradient):
+    lib.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")

@@ -1,0 +1,66 @@
+"""The architectures. Importing this registers them in timm; it compiles nothing and downloads nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import register_notrace_module
+from torch import nn
+
+from ..checkpoints.catalogue import catalogue, suggest
+from ..checkpoints.errors import CatalogueError, UnknownNameError
+from ..layers import InPlaceABN, InPlaceABNSync
+from . import iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
+
+_FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
+ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
+
+for _layer in (InPlaceABN, InPlaceABNSync):
+    register_notrace_module(_layer)
+
+for _record in catalogue().values():
+    if _record.task == "classification" and _record.model not in ARCHITECTURES:
+        raise CatalogueError(
+            f"{_record.catalogue}: {_record.name}: there is no architecture {_record.model!r}"
+            + suggest(_record.model, ARCHITECTURES)
+        )
+
+
+def list_models(pretrained: bool = False) -> list[str]:
+    """Names for `create_model`: all architectures, or every `model.tag` with weights."""
+    if not pretrained:
+        return sorted(ARCHITECTURES)
+    return [name for name, record in catalogue().items() if record.model in ARCHITECTURES]
+
+
+def create_model(
+    name: str, pretrained: bool = False, checkpoint: str | os.PathLike[str] | None = None, **options: Any
+) -> nn.Module:
+    """`timm.create_model` for our names, with nearest names for a mistyped one.
+
+    Args:
+        name: `model`, `model.tag`, or 'hf-hub:ORG/NAME' and 'local-dir:PATH' as timm takes them.
+        pretrained: load the weights of the tag (without one: of the model's first checkpoint).
+        checkpoint: load this file instead, legacy `.pth.tar` or safetensors; nothing is fetched.
+        options: `num_classes`, `in_chans`, `features_only`, and the options of the architecture.
+
+    Raises:
+        UnknownNameError: no such model or tag.
+        CheckpointError: the weights cannot be fetched, verified or loaded.
+    """
+    if ":" not in name and name not in ARCHITECTURES and name not in list_models(pretrained=True):
+        raise UnknownNameError(
+            f"no model is called {name!r}" + suggest(name, [*ARCHITECTURES, *list_models(pretrained=True)])
+        )
+    if checkpoint is not None:
+        pretrained = True
+        path = Path(checkpoint).expanduser()
+        options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": str(path)}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return model
+
+
+__all__ = ["ARCHITECTURES", "create_model", "list_models"]
