@@ -20,7 +20,7 @@ RETRIES = 4
 FIRST_PAUSE = 0.5  # seconds; doubles with each retry
 LONGEST_PAUSE = 60.0  # seconds; also the most that a server's Retry-After is obeyed
 TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 
 
 class _Transient(Exception):
@@ -102,6 +102,8 @@ def download(url: str, part: Path, bar: tqdm[Any]) -> None:
 def _reason(e: Exception) -> str:
     if isinstance(e, requests.Timeout):
         return "the server did not answer in time"
+    if isinstance(e, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
     if isinstance(e, requests.ConnectionError):
         return "the server cannot be reached"
     return str(e)

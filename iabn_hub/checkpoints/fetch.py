@@ -28,7 +28,7 @@ from .download import download
 from .errors import CacheError, CheckpointError, ChecksumError, DownloadError, OfflineError
 from .verify import is_verified, md5_of, remember
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
+DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 LOCK_PATIENCE = 3600  # seconds another process may take for its download of the same file
 
 

@@ -168,7 +168,7 @@ def resnet152_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def test_resnet_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A ResNet of 0.3 million parameters for tests and demonstrations; options as in `ResNet`."""
+    """A ResNet of 0.4 million parameters for tests and demonstrations; options as in `ResNet`."""
     return _resnet(
         "test_resnet_iabn", pretrained, options, block=BasicBlock, layers=(1, 1, 1, 1), widths=(24, 48, 72, 96)
     )

@@ -1,0 +1,76 @@
+"""What is in a picture: a pretrained classifier, its labels, and its first guesses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm.data
+import torch
+
+from .checkpoints.catalogue import Checkpoint, find
+from .checkpoints.errors import UnknownNameError
+from .images import open_rgb
+from .models import create_model
+
+DEFAULT_MODEL = "test_resnet_iabn.mnist"
+SAMPLES = Path(__file__).parent / "data" / "samples"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class of the network with its probability, 0 to 1."""
+
+    index: int
+    label: str
+    probability: float
+
+
+class Classifier:
+    """A pretrained network with its preprocessing and its class names.
+
+    Args:
+        name: `model` or `model.tag` from the catalogue.
+        checkpoint: a file to load instead of the published one; it must have the same classes.
+        device: where to run.
+
+    Raises:
+        UnknownNameError: no such checkpoint, or it does not classify.
+        CheckpointError: its weights cannot be fetched, verified or loaded.
+    """
+
+    def __init__(
+        self, name: str = DEFAULT_MODEL, *, checkpoint: str | os.PathLike[str] | None = None, device: str = "cpu"
+    ) -> None:
+        self.record = find(name)
+        if self.record.task != "classification":
+            raise UnknownNameError(f"{self.record.name} is for {self.record.task}, not for classification")
+        self.device = torch.device(device)
+        self.model = create_model(self.record.name, pretrained=True, checkpoint=checkpoint).to(self.device).eval()
+        cfg = timm.data.resolve_model_data_config(self.model)
+        self.transform = timm.data.create_transform(**cfg)
+        self.labels = labels_of(self.record)
+
+    def classify(self, path: str | os.PathLike[str], topk: int = 5) -> list[Guess]:
+        """The `topk` most probable classes of one image file, most probable first.
+
+        Raises:
+            ImageError: the file is missing or not an image.
+        """
+        image = self.transform(open_rgb(path)).unsqueeze(0).to(self.device)
+        with torch.inference_mode():
+            probabilities = self.model(image).float().softmax(1)[0]
+        values, indices = probabilities.topk(min(topk, len(probabilities)))
+        return [Guess(i, self.labels[i], p) for i, p in zip(indices.tolist(), values.tolist())]
+
+
+def labels_of(record: Checkpoint) -> Sequence[str]:
+    """The class names of a checkpoint in the order of its logits; 'class 7' where nobody has named them."""
+    if record.classes:
+        return record.classes
+    if record.dataset == "imagenet-1k" and record.num_classes == 1000:
+        info = timm.data.ImageNetInfo("imagenet-1k")
+        return [info.index_to_description(i) for i in range(record.num_classes)]
+    return [f"class {i}" for i in range(record.num_classes)]

@@ -1,0 +1,237 @@
+"""The command `iabn-hub`. Exit codes: 0 fine, 1 something failed, 2 wrong usage (an unknown name is one)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checkpoints.catalogue import Checkpoint, catalogue, checkpoints_of, find
+from .checkpoints.errors import CheckpointError, UnknownNameError
+from .checkpoints.fetch import cached_files, fetch_checkpoint, local_file
+from .checkpoints.verify import is_verified, md5_of
+from .classify import DEFAULT_MODEL, SAMPLES, Classifier
+from .images import ImageError
+from .models import ARCHITECTURES, create_model
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except UnknownNameError as e:
+        return _complain(e, USAGE)
+    except CheckpointError as e:
+        return _complain(e, FAILED)
+    except BrokenPipeError:  # `iabn-hub list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"iabn-hub: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="iabn-hub",
+        description="Pretrained convolutional networks with in-place activated BatchNorm: find, fetch, verify, use.",
+        epilog="Without arguments, 'iabn-hub classify' shows the bundled network at work, offline. "
+        "Environment: IABN_HUB_CACHE (folder for weights), IABN_HUB_MIRROR (http://, https:// or file:// base URL), "
+        "IABN_HUB_CATALOGUE (further catalogue files), IABN_HUB_OFFLINE=1 (never download).",
+    )
+    parser.add_argument("--version", action="version", version=f"iabn-hub {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print JSON for a program instead of text for a person")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("list", _list, "Show all checkpoints, and the models that have none.")
+    one = command("info", _info, "Show all that is known of a checkpoint: accuracy, training, licence, source.")
+    one.add_argument("name", metavar="NAME", help="model or model.tag")
+    some = command("fetch", _fetch, "Download checkpoints into the cache and verify their md5.")
+    some.add_argument("names", metavar="NAME", nargs="+", help="model or model.tag")
+    any_ = command("verify", _verify, "Read cached checkpoints again and compare their md5 with the published one.")
+    any_.add_argument("names", metavar="NAME", nargs="*", help="model or model.tag (default: all that are cached)")
+    classify = command("classify", _classify, "Name what is in images.")
+    classify.add_argument("images", metavar="IMAGE", nargs="*", help="image files (default: the bundled samples)")
+    classify.add_argument("--model", metavar="NAME[.TAG]", help="default: the bundled test network, which reads digits")
+    classify.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
+    classify.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes to show (default: 5)")
+    classify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def where(record: Checkpoint) -> Path | None:
+    """The verified file of a checkpoint on this machine, or None; downloads nothing."""
+    local = local_file(record)
+    candidates = [(local, record.md5)] if local else cached_files(record)
+    return next((path for path, md5 in candidates if is_verified(path, md5)), None)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows: list[dict[str, Any]] = []
+    for record in catalogue().values():
+        at_224 = record.result("224")
+        rows.append(
+            {
+                "model": record.model,
+                "tag": record.tag,
+                "task": record.task,
+                "parameters": record.parameters,
+                "top1_224": at_224.top1 if at_224 else None,
+                "cached": where(record) is not None,
+            }
+        )
+    for model in ARCHITECTURES:
+        if not checkpoints_of(model):
+            rows.append({"model": model, "tag": None, "task": "classification", "top1_224": None, "cached": False})
+    for row in rows:
+        if row.get("parameters") is None and row["model"] in ARCHITECTURES:
+            network = create_model(row["model"], device="meta")
+            row["parameters"] = sum(p.numel() for p in network.parameters())
+    if arguments.json:
+        _print_json(rows)
+        return OK
+    print(f"{'model':<28} {'tag':<18} {'parameters':>11} {'top-1 at 224':>13}  cached")
+    for row in rows:
+        count, top1 = row.get("parameters"), row["top1_224"]
+        print(
+            f"{row['model']:<28} {row['tag'] or '-':<18} {f'{count / 1e6:.1f} M' if count else '-':>11} "
+            f"{f'{top1:.2f} %' if top1 is not None else '-':>13}  "
+            f"{('yes' if row['cached'] else 'no') if row['tag'] else '-'}"
+        )
+    return OK
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    record = find(arguments.name)
+    path = where(record)
+    facts = {**record.to_dict(), "name": record.name, "cached": str(path) if path else None}
+    if arguments.json:
+        _print_json(facts)
+        return OK
+    print(record.name)
+    shown = (
+        "description", "task", "dataset", "num_classes", "parameters", "license", "license_link", "citation",
+        "md5", "layout", "file", "google_drive_id", "hub", "catalogue", "cached",
+    )  # fmt: skip
+    for key in shown:
+        if facts[key] not in (None, ""):
+            print(f"  {key:<16} {facts[key]}")
+    for result in record.results:
+        figures = {"top-1": result.top1, "top-5": result.top5, "mIoU": result.miou}
+        text = ", ".join(f"{k} {v:.2f} %" for k, v in figures.items() if v is not None)
+        print(f"  {'result':<16} {result.protocol}: {text} on {result.dataset}{_protocol(asdict(result))}")
+    print(f"  {'input':<16} {record.input}")
+    for key, value in record.training.items():
+        print(f"  {'training.' + key:<16} {value}")
+    return OK
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    parts = [f"shorter side {result['resize']}"] if result["resize"] else []
+    parts += [f"{'ten crops' if result['ten_crop'] else 'centre crop'} of {result['crop']}"] if result["crop"] else []
+    parts += [result["note"]] if result["note"] else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    records = [find(name) for name in arguments.names]  # a typing mistake ends it before the first download
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        try:
+            path = fetch_checkpoint(record)
+            rows.append({"name": record.name, "path": str(path), "bytes": path.stat().st_size})
+            if not arguments.json:
+                print(f"{record.name}  {path}  {path.stat().st_size:,} bytes, md5 verified")
+        except CheckpointError as e:
+            rows.append({"name": record.name, "error": str(e)})
+            _complain(e, FAILED)
+    if arguments.json:
+        _print_json(rows)
+    return FAILED if any("error" in row for row in rows) else OK
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    records = [find(name) for name in arguments.names] or list(catalogue().values())
+    rows = []
+    for record in records:
+        local = local_file(record)
+        files = [(local, record.md5)] if local else cached_files(record)
+        present = [(path, md5) for path, md5 in files if path.is_file()]
+        if not present and arguments.names:
+            rows.append({"name": record.name, "status": "missing", "path": str(files[0][0])})
+        for path, md5 in present:
+            good = is_verified(path, md5, rehash=True)
+            row = {"name": record.name, "status": "ok" if good else "wrong", "path": str(path), "expected_md5": md5}
+            rows.append(row if good else {**row, "md5": md5_of(path)})
+    if arguments.json:
+        _print_json(rows)
+    else:
+        for row in rows:
+            detail = f": md5 {row['md5']}, expected {row['expected_md5']}; delete it" if "md5" in row else ""
+            hint = f"; 'iabn-hub fetch {row['name']}' gets it" if row["status"] != "ok" else ""
+            print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
+    return OK if all(row["status"] == "ok" for row in rows) else FAILED
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    images = arguments.images
+    if not images:
+        if arguments.model or arguments.checkpoint:
+            return _complain("name at least one image, or leave --model out for the bundled samples", USAGE)
+        images = [str(path) for path in sorted(SAMPLES.glob("*.png"))]
+    try:
+        classifier = Classifier(
+            arguments.model or DEFAULT_MODEL, checkpoint=arguments.checkpoint, device=arguments.device
+        )
+    except (RuntimeError, AssertionError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        return _complain(f"device {arguments.device!r} cannot be used: {str(e).splitlines()[0]}", USAGE)
+    rows: list[dict[str, Any]] = []
+    if not arguments.json:
+        print(f"model: {classifier.record.name}")
+    for image in images:
+        try:
+            guesses = classifier.classify(image, arguments.topk)
+        except ImageError as e:
+            rows.append({"image": image, "error": str(e)})
+            _complain(e, FAILED)
+            continue
+        rows.append({"image": image, "predictions": [asdict(guess) for guess in guesses]})
+        if not arguments.json:
+            print(image)
+            for guess in guesses:
+                print(f"  {100 * guess.probability:6.2f} %  {guess.label}")
+    if arguments.json:
+        _print_json({"model": classifier.record.name, "images": rows})
+    return FAILED if any("error" in row for row in rows) else OK

@@ -1,0 +1,47 @@
+"""Opening pictures the way people hand them over: rotated by EXIF, grey, with alpha, CMYK or 16 bits deep."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class ImageError(ValueError):
+    """A file is not there, or is not a picture that can be read."""
+
+
+def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """The whole picture as RGB, upright, 8 bits a channel; transparency becomes white.
+
+    Raises:
+        ImageError: missing, not an image, or damaged; names the file.
+    """
+    if Path(path).is_dir():
+        raise ImageError(f"{path}: is a folder, not an image; name the files, for instance {path}/*")
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            # A picture beyond Pillow's limit for decompression bombs is refused rather than warned about.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as e:
+        raise ImageError(f"{path}: there is no such file") from e
+    except UnidentifiedImageError as e:
+        raise ImageError(f"{path}: is not an image in a format that can be read") from e
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ImageError(f"{path}: is too large an image ({e})") from e
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as e:
+        raise ImageError(f"{path}: cannot be read as an image: {e}") from e
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits in 16 or 32; Pillow's own conversion would clip at 255
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
