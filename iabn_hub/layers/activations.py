@@ -48,7 +48,7 @@ def invert(y: Tensor, activation: int, param: float, eps: float) -> Tensor:
     if activation == LEAKY_RELU:
         return torch.where(y < 0, y / param, y)
     if activation == ELU:
-        return torch.where(y < 0, torch.log1p((y / param).clamp(min=eps / 4 - 1)), y)
+        return torch.where(y < 0, torch.log1p(y / param).clamp(min=math.log(eps / 4)), y)
     return y.clone()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -70,6 +72,8 @@ def build(network: type[Network], variant: str, pretrained: bool, options: dict[
     cfg = resolve_pretrained_cfg(variant, options.pop("pretrained_cfg", None), options.get("pretrained_cfg_overlay"))
     overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
     source = cfg.file or cfg.hf_hub_id or "the given weights"
+    if pretrained and cfg.file and not Path(cfg.file).exists():
+        raise CheckpointError(f"{cfg.file}: there is no such file")
     if pretrained and not (cfg.file or cfg.hf_hub_id or cfg.state_dict or cfg.source):
         record = next((r for r in checkpoints_of(variant) if r.tag == cfg.tag), None)
         if record is None:
@@ -88,11 +92,11 @@ def build(network: type[Network], variant: str, pretrained: bool, options: dict[
             pretrained,
             pretrained_cfg=cfg.to_dict(),
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=fit,
+            pretrained_filter_fn=functools.partial(fit, new_classifier="num_classes" in options),
             feature_cfg={"feature_cls": "getter"},
             **options,
         )
     except UNREADABLE as e:
         if not pretrained:
             raise
-        raise CheckpointError(f"{source}: cannot load {variant} from it: {e}") from e
+        raise CheckpointError(f"{source}: cannot load {variant} from it: {e or type(e).__name__}") from e
