@@ -81,6 +81,8 @@ class Network(nn.Module):
 
     def __init__(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float) -> None:
         super().__init__()
+        if num_classes > 0 and not global_pool:
+            raise ValueError("a classifier needs global pooling: pass global_pool='avg', or num_classes=0")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -99,8 +101,6 @@ class Network(nn.Module):
                 nn.init.kaiming_normal_(module.weight, slope, mode="fan_out", nonlinearity="leaky_relu")
 
     def _make_head(self, num_classes: int, global_pool: str, device: Any = None, dtype: Any = None) -> None:
-        if num_classes > 0 and not global_pool:
-            raise ValueError("a classifier needs global pooling: pass global_pool='avg', or num_classes=0")
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         pooled = self.num_features * self.global_pool.feat_mult()
