@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoints.catalogue import Checkpoint, catalogue, checkpoints_of, find
+from .checkpoints.catalogue import Checkpoint, checkpoints_of, find, records
 from .checkpoints.errors import CheckpointError, UnknownNameError
 from .checkpoints.fetch import cached_files, fetch_checkpoint, local_file
 from .checkpoints.verify import is_verified, md5_of
@@ -98,7 +98,7 @@ def where(record: Checkpoint) -> Path | None:
 
 def _list(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
-    for record in catalogue().values():
+    for record in records().values():
         at_224 = record.result("224")
         rows.append(
             {
@@ -164,9 +164,9 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    records = [find(name) for name in arguments.names]  # a typing mistake ends it before the first download
+    wanted = [find(name) for name in arguments.names]  # a typing mistake ends it before the first download
     rows: list[dict[str, Any]] = []
-    for record in records:
+    for record in wanted:
         try:
             path = fetch_checkpoint(record)
             rows.append({"name": record.name, "path": str(path), "bytes": path.stat().st_size})
@@ -181,9 +181,9 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    records = [find(name) for name in arguments.names] or list(catalogue().values())
+    wanted = [find(name) for name in arguments.names] or list(records().values())
     rows = []
-    for record in records:
+    for record in wanted:
         local = local_file(record)
         files = [(local, record.md5)] if local else cached_files(record)
         present = [(path, md5) for path, md5 in files if path.is_file()]

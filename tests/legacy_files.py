@@ -54,6 +54,13 @@ def save_legacy(path, network, **changes):
     return path
 
 
+def flip_a_byte(path):
+    """Damage one byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 

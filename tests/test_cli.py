@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from iabn_hub import __version__, cli
-from iabn_hub.checkpoints import cache_folder, catalogue, find
+from iabn_hub.checkpoints import cache_folder, find, records
 from iabn_hub.classify import SAMPLES
 
-from .legacy_files import a_record, a_small_network, save_legacy, write_catalogue
+from .legacy_files import a_record, a_small_network, flip_a_byte, save_legacy, write_catalogue
 
 BUNDLED = "test_resnet_iabn.mnist"
 
@@ -98,7 +98,7 @@ def test_wrong_usage_is_a_sentence(run, arguments, says):
 def test_list_shows_every_checkpoint(run):
     code, out, _ = run("list")
     assert code == 0
-    for record in catalogue().values():
+    for record in records().values():
         assert any(line.split()[:2] == [record.model, record.tag] for line in out.splitlines())
     assert "78.08 %" in out
     rows = json.loads(run("list", "--json")[1])
@@ -122,7 +122,7 @@ def test_fetch_caches_and_verify_notices_damage(run, listed):
     path = cache_folder() / listed.filename
     assert (code, json.loads(out)[0]["path"]) == (0, str(path))
     assert run("verify")[0] == 0
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    flip_a_byte(path)
     code, out, _ = run("verify", listed.name)
     assert code == 1
     assert out.startswith(f"wrong    {listed.name}")

@@ -12,17 +12,22 @@ import torch.hub
 from PIL import Image
 from timm.data import create_transform
 
-import iabn_hub
+from iabn_hub.checkpoints import records
 from iabn_hub.models import ARCHITECTURES
 
-from .legacy_files import a_record, a_small_network, md5, save_legacy, write_catalogue
+from .legacy_files import a_record, a_small_network, flip_a_byte, md5, save_legacy, write_catalogue
 from .paths import ROOT
 
 
 def run(*arguments, **environment):
     """A command of the package in a fresh process; its exit code and both outputs."""
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=240, env=os.environ | environment
+        [sys.executable, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environment,
     )
 
 
@@ -76,11 +81,12 @@ def test_all_doors_give_equal_bits(name, clone, organisation, tmp_path):
     assert len(set(found.values())) == 1, found
 
 
-def test_hub_lists_and_explains_every_model(clone):
-    assert sorted(torch.hub.list(str(clone), source="local")) == sorted(ARCHITECTURES)
+def test_hub_lists_and_explains_every_model(clone, tmp_path):
+    shutil.copytree(clone, tmp_path / "torch" / "hub" / "owner_name_main")
+    assert sorted(torch.hub.list("owner/name:main", trust_repo=True)) == sorted(ARCHITECTURES)
     for model in ARCHITECTURES:
-        text = torch.hub.help(str(clone), model, source="local")
-        tags = [r.tag for r in iabn_hub.checkpoints.catalogue().values() if r.model == model]
+        text = torch.hub.help("owner/name:main", model, trust_repo=True)
+        tags = [r.tag for r in records().values() if r.model == model]
         assert all(tag in text for tag in tags), text
 
 
@@ -109,9 +115,7 @@ def test_classify_fetches_from_a_mirror_and_refuses_a_flipped_byte(organisation,
     assert [p["probability"] for p in predictions] == pytest.approx(probabilities.tolist(), rel=1e-4)
 
     mirrored = tmp_path / "mirror" / record.filename
-    content = bytearray(mirrored.read_bytes())
-    content[len(content) // 2] ^= 1
-    mirrored.write_bytes(content)
+    flip_a_byte(mirrored)
     cached.unlink()
     refused = run(*command, **environment)
     assert refused.returncode == 1
@@ -122,21 +126,29 @@ def test_classify_fetches_from_a_mirror_and_refuses_a_flipped_byte(organisation,
     assert not cached.exists()
 
 
-def test_broken_catalogue_is_a_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("model", "md5", "code", "says"),
+    [
+        ("resnet50_iabn", "x", 1, "organisation.json: checkpoints[0] (resnet50_iabn.a): md5 is 'x', not 32"),
+        ("resnet51_iabn", "0" * 32, 0, "there is no architecture 'resnet51_iabn'; did you mean resnet"),
+    ],
+    ids=["bad_digest", "unknown_architecture"],
+)
+def test_broken_catalogue_is_a_sentence(tmp_path, model, md5, code, says):
     listing = tmp_path / "organisation.json"
-    listing.write_text('{"checkpoints": [{"model": "resnet51_iabn", "tag": "a", "md5": "%s"}]}' % ("0" * 32))
+    listing.write_text(json.dumps({"checkpoints": [{"model": model, "tag": "a", "md5": md5}]}))
     outcome = run("-m", "iabn_hub", "list", IABN_HUB_CATALOGUE=str(listing))
-    assert outcome.returncode == 1
+    assert outcome.returncode == code
     assert "Traceback" not in outcome.stderr
-    assert "there is no architecture 'resnet51_iabn'; did you mean resnet" in outcome.stderr
+    assert says in outcome.stderr
 
 
 def test_import_touches_no_network_and_no_compiler():
     script = (
-        "import socket, subprocess\n"
+        "import socket, subprocess, timm\n"
         "def refuse(*a, **k): raise AssertionError('not at import')\n"
         "socket.socket.connect = subprocess.Popen.__init__ = refuse\n"
-        "import iabn_hub, timm\n"
+        "import iabn_hub\n"
         "assert 'test_resnet_iabn.mnist' in timm.list_pretrained('*iabn*')"
     )
     outcome = run("-c", script)

@@ -1,6 +1,6 @@
 """Checkpoints: the catalogue of what is published, and verified files from it."""
 
-from .catalogue import Checkpoint, HubFile, Preprocessing, Result, catalogue, find, read_catalogue
+from .catalogue import Checkpoint, HubFile, Preprocessing, Result, find, read_catalogue, records
 from .errors import (
     CacheError,
     CatalogueError,
@@ -25,8 +25,8 @@ __all__ = [
     "Result",
     "UnknownNameError",
     "cache_folder",
-    "catalogue",
     "fetch_checkpoint",
     "find",
     "read_catalogue",
+    "records",
 ]

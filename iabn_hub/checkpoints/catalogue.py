@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging
 import os
 import re
 import types
@@ -21,6 +22,7 @@ from typing import Any
 
 from .errors import CatalogueError, UnknownNameError
 
+_logger = logging.getLogger(__name__)
 ENVIRONMENT = "IABN_HUB_CATALOGUE"
 TASKS = ("classification", "segmentation")
 LAYOUTS = ("legacy", "iabn_hub")
@@ -245,27 +247,43 @@ BUILT_IN = Path(__file__).with_name("catalogue.json")
 
 
 @functools.lru_cache(maxsize=1)
-def _catalogue(paths: tuple[str, ...]) -> dict[str, Checkpoint]:
-    records: dict[str, Checkpoint] = {}
+def _read_all(paths: tuple[str, ...]) -> dict[str, Checkpoint]:
+    found: dict[str, Checkpoint] = {}
     for path in paths:
         for record in read_catalogue(path):
-            if record.name in records:
+            if record.name in found:
                 raise CatalogueError(
-                    f"{path}: {record.name} is already listed in {records[record.name].catalogue}; use another tag"
+                    f"{path}: {record.name} is already listed in {found[record.name].catalogue}; use another tag"
                 )
-            records[record.name] = record
-    return records
+            found[record.name] = record
+    return found
 
 
-def catalogue() -> dict[str, Checkpoint]:
-    """All records by name: ours first, then those of the files in IABN_HUB_CATALOGUE."""
+def records() -> dict[str, Checkpoint]:
+    """All records by name: ours first, then those of the files in IABN_HUB_CATALOGUE.
+
+    Raises:
+        CatalogueError: one of those files is not a catalogue, or repeats a name.
+    """
     added = [p for p in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if p]
-    return dict(_catalogue((str(BUILT_IN), *added)))
+    return dict(_read_all((str(BUILT_IN), *added)))
+
+
+def records_at_import() -> dict[str, Checkpoint]:
+    """`records`, or ours alone if an added file is bad: a typing mistake there must not break `import iabn_hub`.
+
+    It is logged here, and raised by whatever asks for a checkpoint later.
+    """
+    try:
+        return records()
+    except CatalogueError as e:
+        _logger.warning("%s. Added catalogues are left out.", e)
+        return {record.name: record for record in read_catalogue(BUILT_IN)}
 
 
 def checkpoints_of(model: str) -> list[Checkpoint]:
     """The records of one architecture; the first is its default."""
-    return [record for record in catalogue().values() if record.model == model]
+    return [record for record in records().values() if record.model == model]
 
 
 def find(name: str) -> Checkpoint:
@@ -274,14 +292,17 @@ def find(name: str) -> Checkpoint:
     Raises:
         UnknownNameError: no such record; the message lists near names.
     """
-    records = catalogue()
-    if name in records:
-        return records[name]
+    known = records()
+    if name in known:
+        return known[name]
     of_model = checkpoints_of(name)
     if of_model:
         return of_model[0]
     tags = [r.name for r in checkpoints_of(name.partition(".")[0])]
-    raise UnknownNameError(f"no checkpoint is called {name!r}" + suggest(name, tags or records))
+    models = [r.model for r in known.values()]
+    raise UnknownNameError(
+        f"no checkpoint is called {name!r}" + suggest(name, tags or [*known, *dict.fromkeys(models)])
+    )
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,26 @@ import timm
 from timm.models import register_notrace_module
 from torch import nn
 
-from ..checkpoints.catalogue import catalogue, suggest
-from ..checkpoints.errors import CatalogueError, UnknownNameError
+from ..checkpoints.catalogue import records, records_at_import, suggest
+from ..checkpoints.errors import UnknownNameError
 from ..layers import InPlaceABN, InPlaceABNSync
 from . import iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
+_logger = logging.getLogger(__name__)
 _FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
 ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
 
 for _layer in (InPlaceABN, InPlaceABNSync):
     register_notrace_module(_layer)
 
-for _record in catalogue().values():
+for _record in records_at_import().values():
     if _record.task == "classification" and _record.model not in ARCHITECTURES:
-        raise CatalogueError(
-            f"{_record.catalogue}: {_record.name}: there is no architecture {_record.model!r}"
-            + suggest(_record.model, ARCHITECTURES)
+        _logger.warning(
+            "%s: %s: there is no architecture %r%s. The record is left out.",
+            _record.catalogue,
+            _record.name,
+            _record.model,
+            suggest(_record.model, ARCHITECTURES),
         )
 
 
@@ -33,7 +38,7 @@ def list_models(pretrained: bool = False) -> list[str]:
     """Names for `create_model`: all architectures, or every `model.tag` with weights."""
     if not pretrained:
         return sorted(ARCHITECTURES)
-    return [name for name, record in catalogue().items() if record.model in ARCHITECTURES]
+    return [name for name, record in records().items() if record.model in ARCHITECTURES]
 
 
 def create_model(

@@ -12,7 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
-from ..checkpoints.catalogue import Checkpoint, Preprocessing, checkpoints_of
+from ..checkpoints.catalogue import Checkpoint, Preprocessing, checkpoints_of, records_at_import
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import fetch_checkpoint
 from ..checkpoints.fit import fit
@@ -25,12 +25,9 @@ UNREADABLE = (pickle.UnpicklingError, SafetensorError, EOFError, OSError, Runtim
 def default_cfgs_of(*models: str) -> Any:
     """timm's `default_cfgs` for these architectures, made from the catalogue."""
     cfgs: dict[str, Any] = {}
+    known = records_at_import().values()
     for model in models:
-        records = checkpoints_of(model)
-        for record in records:
-            cfgs[record.name] = _cfg(record)
-        if not records:
-            cfgs[model] = _cfg(None)
+        cfgs |= {r.name: _cfg(r) for r in known if r.model == model} or {model: _cfg(None)}
     return generate_default_cfgs(cfgs)
 
 

@@ -4,6 +4,8 @@ import hashlib
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -21,7 +23,7 @@ from iabn_hub.checkpoints import (
     fetch_checkpoint,
 )
 
-from ..legacy_files import md5
+from ..legacy_files import flip_a_byte, md5
 from .drive import FakeDrive, reach
 
 CONTENT = os.urandom(3_000_000)
@@ -72,22 +74,21 @@ def test_folder_can_be_a_mirror(record, published, monkeypatch):
     assert fetch_checkpoint(record).read_bytes() == CONTENT
 
 
-def test_one_flipped_byte_is_refused_with_both_digests(record, server):
-    damaged = bytearray(CONTENT)
-    damaged[1_234_567] ^= 1
-    server.files[None] = bytes(damaged)
+def test_one_flipped_byte_is_refused_with_both_digests(record, published, server):
+    flip_a_byte(published)
+    server.files[None] = published.read_bytes()
     with pytest.raises(ChecksumError) as caught:
         fetch_checkpoint(record)
     message = str(caught.value)
     assert record.md5 in message
-    assert hashlib.md5(damaged).hexdigest() in message
+    assert md5(published) in message
     assert "mirror http://" in message
     assert files_in_cache() == []
 
 
 def test_damaged_cached_file_is_removed_and_fetched_again(record, server, capsys):
     path = fetch_checkpoint(record)
-    path.write_bytes(CONTENT[:-1] + b"?")
+    flip_a_byte(path)
     assert fetch_checkpoint(record).read_bytes() == CONTENT
     assert "removing it and fetching it again" in capsys.readouterr().err
 
@@ -237,3 +238,41 @@ def test_session_sends_no_credentials(record, server):
     fetch_checkpoint(record)
     assert isinstance(download.open_session(), requests.Session)
     assert server.log[0].authorization is None
+
+
+HUB = """
+import json, sys
+from iabn_hub.checkpoints import Checkpoint, HubFile, fetch_checkpoint
+hub = HubFile("org/name", sys.argv[1])
+record = Checkpoint(model="test_resnet_iabn", tag="hub", md5="0" * 32, hub=hub)
+path = fetch_checkpoint(record)
+assert fetch_checkpoint(record) == path
+print(path)
+"""
+
+
+def test_hub_repository_is_a_source(httpserver, tmp_path):
+    requests_seen = []
+
+    def answer(request):
+        requests_seen.append((request.method, request.path))
+        headers = {"ETag": '"an-etag"', "X-Repo-Commit": "0" * 40, "Content-Length": str(len(CONTENT))}
+        return Response(CONTENT, 200, headers)
+
+    httpserver.expect_request("/org/name/resolve/main/model.safetensors").respond_with_handler(answer)
+    endpoint = {"HF_ENDPOINT": httpserver.url_for("").rstrip("/"), "HF_HUB_DISABLE_XET": "1"}
+
+    def fetch(digest):
+        command = [sys.executable, "-c", HUB, digest]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | endpoint)
+
+    refused = fetch("1" * 32)
+    assert refused.returncode == 1
+    assert re.search(
+        rf"md5 is {hashlib.md5(CONTENT).hexdigest()}, expected 1{{32}} \(source: Hub org/name", refused.stderr
+    )
+    assert files_in_cache() == []
+    fetched = fetch(hashlib.md5(CONTENT).hexdigest())
+    assert fetched.returncode == 0, fetched.stderr
+    assert files_in_cache() == ["test_resnet_iabn.hub.safetensors"]
+    assert (cache_folder() / files_in_cache()[0]).read_bytes() == CONTENT
