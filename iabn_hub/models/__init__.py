@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -49,7 +48,8 @@ def create_model(
     Args:
         name: `model`, `model.tag`, or 'hf-hub:ORG/NAME' and 'local-dir:PATH' as timm takes them.
         pretrained: load the weights of the tag (without one: of the model's first checkpoint).
-        checkpoint: load this file instead, legacy `.pth.tar` or safetensors; nothing is fetched.
+        checkpoint: load this file instead, legacy `.pth.tar` or safetensors, or the one in this folder; nothing is
+            fetched.
         options: `num_classes`, `in_chans`, `features_only`, and the options of the architecture.
 
     Raises:
@@ -62,8 +62,7 @@ def create_model(
         )
     if checkpoint is not None:
         pretrained = True
-        path = Path(checkpoint).expanduser()
-        options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": str(path)}
+        options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     return model
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, load_state_dict_from_hf
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
@@ -16,10 +14,10 @@ from ..checkpoints.catalogue import Checkpoint, Preprocessing, checkpoints_of, r
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import fetch_checkpoint
 from ..checkpoints.fit import fit
+from ..checkpoints.weights import read_weights, weights_in
 from .network import Network
 
 STRIDE = 32  # of every registered architecture at its default options
-UNREADABLE = (pickle.UnpicklingError, SafetensorError, EOFError, OSError, RuntimeError, AttributeError, KeyError)
 
 
 def default_cfgs_of(*models: str) -> Any:
@@ -60,40 +58,69 @@ def _cfg(record: Checkpoint | None) -> dict[str, Any]:
 def build(network: type[Network], variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """The network, with verified weights if `pretrained`.
 
-    Weights come from the caller if `pretrained_cfg` or its overlay names a file, a Hub repository or a state dict,
-    else from the catalogue's record for the tag: fetched, md5-checked, then loaded through timm.
+    Weights come from the caller if `pretrained_cfg` or its overlay names a file, a folder, a Hub repository or a state
+    dict, else from the catalogue's record for the tag, md5-checked.
 
     Raises:
         CheckpointError: no such weights, or they cannot be fetched, verified or loaded.
     """
-    cfg = resolve_pretrained_cfg(variant, options.pop("pretrained_cfg", None), options.get("pretrained_cfg_overlay"))
-    overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
-    source = cfg.file or cfg.hf_hub_id or "the given weights"
-    if pretrained and cfg.file and not Path(cfg.file).exists():
-        raise CheckpointError(f"{cfg.file}: there is no such file")
-    if pretrained and not (cfg.file or cfg.hf_hub_id or cfg.state_dict or cfg.source):
-        record = next((r for r in checkpoints_of(variant) if r.tag == cfg.tag), None)
-        if record is None:
-            raise CheckpointError(
-                f"no weights are published for {variant}: pass pretrained=False, or name a file with "
-                "pretrained_cfg_overlay={'file': PATH}. 'iabn-hub list' shows what exists"
-            )
-        source = overlay["file"] = str(fetch_checkpoint(record, cache=options.get("cache_dir")))
-        options = {**record.options, **options}
+    cfg = resolve_pretrained_cfg(
+        variant, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
+    )
+    overlay: dict[str, Any] = {}
+    source, read = "", None
+    if pretrained:
+        source, read, needed = _source(cfg, variant, options.get("cache_dir"))
+        options = {**needed, **options}
+        # Given a state dict, timm hands it to our filter and loads nothing itself: files are read in one place.
+        overlay = {"state_dict": {"source": source}, "source": None}
     if options.get("features_only"):
         options.setdefault("out_indices", tuple(range(network.stages + 1)))
+    new_classifier = "num_classes" in options
     try:
-        return build_model_with_cfg(
+        model: Any = build_model_with_cfg(
             network,
             variant,
             pretrained,
             pretrained_cfg=cfg.to_dict(),
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=functools.partial(fit, new_classifier="num_classes" in options),
+            pretrained_filter_fn=lambda _, model: fit(read(), model, new_classifier) if read else {},
             feature_cfg={"feature_cls": "getter"},
             **options,
         )
-    except UNREADABLE as e:
-        if not pretrained:
-            raise
-        raise CheckpointError(f"{source}: cannot load {variant} from it: {e or type(e).__name__}") from e
+    except CheckpointError as e:
+        raise type(e)(f"{source}: {e}" if source not in str(e) else str(e)) from e
+    for holder in (model, getattr(model, "model", model)):  # a feature extractor has the network inside
+        holder.pretrained_cfg.pop("state_dict", None)
+        if cfg.source:
+            holder.pretrained_cfg["source"] = cfg.source
+    built: nn.Module = model
+    return built
+
+
+def _source(
+    cfg: PretrainedCfg, variant: str, cache: str | None
+) -> tuple[str, Callable[[], Mapping[str, Any]], Mapping[str, Any]]:
+    """Where the weights come from, in words; how to read them; and the options that the network needs for them."""
+    repository = cfg.hf_hub_id
+    if repository and (cfg.source == "hf-hub" or not (cfg.state_dict or cfg.file)):
+        name = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
+        return (
+            f"hf-hub:{repository}",
+            lambda: load_state_dict_from_hf(repository, **name, weights_only=True, cache_dir=cache),
+            {},
+        )
+    if cfg.state_dict:
+        return "the given state dict", lambda: cfg.state_dict, {}
+    if cfg.file:
+        path = Path(cfg.file).expanduser()
+        path = weights_in(path) if path.is_dir() else path
+        return str(path), lambda: read_weights(path), {}
+    record = next((r for r in checkpoints_of(variant) if r.tag == cfg.tag), None)
+    if record is None:
+        raise CheckpointError(
+            f"no weights are published for {variant}: pass pretrained=False, or name a file with "
+            "pretrained_cfg_overlay={'file': PATH}. 'iabn-hub list' shows what exists"
+        )
+    verified = fetch_checkpoint(record, cache=cache)
+    return str(verified), lambda: read_weights(verified), record.options

@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -98,7 +99,9 @@ def test_feature_extractor_takes_the_same_weights(tmp_path):
 def test_wrong_keys_are_named(tmp_path, changes, says):
     renamed = {f"module.{k}": v for k, v in changes.items()}
     path = save_legacy(tmp_path / "old.pth.tar", a_small_network(), **renamed)
-    with pytest.raises(CheckpointError, match=rf"old\.pth\.tar: cannot load test_resnet_iabn.*{says}"):
+    with pytest.raises(
+        CheckpointError, match=rf"old\.pth\.tar: these weights do not belong to test_resnet_iabn.*{says}"
+    ):
         load(path)
 
 
@@ -141,7 +144,7 @@ def _list(path):
 @pytest.mark.parametrize("make", [_pickle, _torch_pickle, _truncated, _list, lambda p: p.write_bytes(b"")])
 def test_file_without_plain_weights_is_refused_and_runs_nothing(tmp_path, make, capsys):
     make(tmp_path / "bad.pth.tar")
-    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar: cannot load test_resnet_iabn"):
+    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar: (is not a file of weights|holds a list)"):
         load(tmp_path / "bad.pth.tar")
     assert "arbitrary code ran" not in capsys.readouterr().out
 
@@ -150,8 +153,32 @@ def test_truncated_safetensors_is_refused(tmp_path):
     path = tmp_path / "cut.safetensors"
     save_safetensors(a_small_network().state_dict(), path, {})
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"cut\.safetensors: cannot load"):
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors: is not a file of weights"):
         load(path)
+
+
+def test_folder_of_a_training_run_loads(tmp_path):
+    network = a_small_network()
+    save_safetensors(network.state_dict(), tmp_path / "model.safetensors", {})
+    assert torch.equal(logits(load(tmp_path)), logits(network))
+
+
+def test_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path.name}: holds no weights"):
+        load(tmp_path)
+
+
+def test_timm_local_dir_is_read_by_the_same_rules(tmp_path, capsys):
+    network = a_small_network()
+    timm.models.save_for_hf(network, tmp_path, model_config={"num_classes": CLASSES}, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(logits(loaded), logits(network))
+    assert "state_dict" not in loaded.pretrained_cfg
+    (tmp_path / "model.safetensors").unlink()
+    _pickle(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: is not a file of weights"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert "arbitrary code ran" not in capsys.readouterr().out
 
 
 def test_missing_file_is_named(tmp_path):
