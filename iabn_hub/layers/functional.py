@@ -155,8 +155,16 @@ def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor 
             )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}: they must be equal")
+    if inplace and residual is not None and _starts_where(residual, x):
+        raise ValueError("residual is the input, which the layer overwrites but still needs: use inplace=False")
     if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
         raise ValueError("the input is a leaf that requires a gradient and cannot be overwritten: use inplace=False")
+
+
+def _starts_where(a: Tensor, b: Tensor) -> bool:
+    return a is b or (
+        not torch.compiler.is_compiling() and torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()
+    )
 
 
 def one_value_per_channel(x: Tensor) -> ValueError:
