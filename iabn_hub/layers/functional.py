@@ -162,9 +162,10 @@ def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor 
 
 
 def _starts_where(a: Tensor, b: Tensor) -> bool:
-    return a is b or (
-        not torch.compiler.is_compiling() and torch._C._is_alias_of(a, b) and a.storage_offset() == b.storage_offset()
-    )
+    if a is b or torch.compiler.is_compiling():
+        return a is b
+    shared: bool = torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
+    return shared and int(a.storage_offset()) == int(b.storage_offset())
 
 
 def one_value_per_channel(x: Tensor) -> ValueError:
