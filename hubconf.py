@@ -114,5 +114,5 @@ def densenet264_iabn(pretrained=True, tag=None, **options):
 
 
 def test_resnet_iabn(pretrained=True, tag=None, **options):
-    """A ResNet of 0.4 million parameters that reads digits, bundled; for tests and demonstrations. Weights: mnist."""
+    """A ResNet of 0.3 million parameters that reads digits, bundled; for tests and demonstrations. Weights: mnist."""
     return _create("test_resnet_iabn", pretrained, tag, options)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm.data
 import torch
@@ -13,7 +14,7 @@ import torch
 from .checkpoints.catalogue import Checkpoint, find
 from .checkpoints.errors import UnknownNameError
 from .images import open_rgb
-from .models import create_model
+from .models import ARCHITECTURES, create_model
 
 DEFAULT_MODEL = "test_resnet_iabn.mnist"
 SAMPLES = Path(__file__).parent / "data" / "samples"
@@ -44,14 +45,17 @@ class Classifier:
     def __init__(
         self, name: str = DEFAULT_MODEL, *, checkpoint: str | os.PathLike[str] | None = None, device: str = "cpu"
     ) -> None:
-        self.record = find(name)
-        if self.record.task != "classification":
-            raise UnknownNameError(f"{self.record.name} is for {self.record.task}, not for classification")
+        # A file of the caller's goes with any architecture, published weights or not.
+        record = None if checkpoint is not None and name in ARCHITECTURES else find(name)
+        if record and record.task != "classification":
+            raise UnknownNameError(f"{record.name} is for {record.task}, not for classification")
+        self.name = record.name if record else name
         self.device = torch.device(device)
-        self.model = create_model(self.record.name, pretrained=True, checkpoint=checkpoint).to(self.device).eval()
+        self.model = create_model(self.name, pretrained=True, checkpoint=checkpoint).to(self.device).eval()
         cfg = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**cfg)
-        self.labels = labels_of(self.record)
+        num_classes: Any = self.model.num_classes
+        self.labels = labels_of(record, num_classes)
 
     def classify(self, path: str | os.PathLike[str], topk: int = 5) -> list[Guess]:
         """The `topk` most probable classes of one image file, most probable first.
@@ -66,11 +70,11 @@ class Classifier:
         return [Guess(i, self.labels[i], p) for i, p in zip(indices.tolist(), values.tolist())]
 
 
-def labels_of(record: Checkpoint) -> Sequence[str]:
+def labels_of(record: Checkpoint | None, num_classes: int) -> Sequence[str]:
     """The class names of a checkpoint in the order of its logits; 'class 7' where nobody has named them."""
-    if record.classes:
+    if record and record.classes:
         return record.classes
-    if record.dataset == "imagenet-1k" and record.num_classes == 1000:
+    if record and record.dataset == "imagenet-1k" and num_classes == 1000:
         info = timm.data.ImageNetInfo("imagenet-1k")
-        return [info.index_to_description(i) for i in range(record.num_classes)]
-    return [f"class {i}" for i in range(record.num_classes)]
+        return [info.index_to_description(i) for i in range(num_classes)]
+    return [f"class {i}" for i in range(num_classes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -11,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import __version__
 from .checkpoints.catalogue import Checkpoint, checkpoints_of, find, records
 from .checkpoints.errors import CheckpointError, UnknownNameError
 from .checkpoints.fetch import cached_files, fetch_checkpoint, local_file
-from .checkpoints.verify import is_verified, md5_of
+from .checkpoints.verify import is_verified, md5_of, recheck
 from .classify import DEFAULT_MODEL, SAMPLES, Classifier
 from .images import ImageError
 from .models import ARCHITECTURES, create_model
@@ -26,6 +29,9 @@ OK, FAILED, USAGE = 0, 1, 2
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -37,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `iabn-hub list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as e:
+        return _complain(f"{e.filename or 'output'}: {e.strerror or e}", FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
 
@@ -92,8 +100,16 @@ def _print_json(value: Any) -> None:
 def where(record: Checkpoint) -> Path | None:
     """The verified file of a checkpoint on this machine, or None; downloads nothing."""
     local = local_file(record)
-    candidates = [(local, record.md5)] if local else cached_files(record)
-    return next((path for path, md5 in candidates if is_verified(path, md5)), None)
+    if local:
+        return local if local.is_file() and md5_of(local) == record.md5 else None
+    return next((path for path, md5 in cached_files(record) if is_verified(path, md5)), None)
+
+
+def _find(name: str) -> Checkpoint:
+    """`find`, which knows checkpoints only, with a better answer for an architecture that has none."""
+    if name in ARCHITECTURES and not checkpoints_of(name):
+        raise UnknownNameError(f"no weights are published for {name}; 'iabn-hub list' shows what exists")
+    return find(name)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -132,7 +148,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    record = find(arguments.name)
+    record = _find(arguments.name)
     path = where(record)
     facts = {**record.to_dict(), "name": record.name, "cached": str(path) if path else None}
     if arguments.json:
@@ -164,7 +180,7 @@ def _protocol(result: dict[str, Any]) -> str:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    wanted = [find(name) for name in arguments.names]  # a typing mistake ends it before the first download
+    wanted = [_find(name) for name in arguments.names]  # a typing mistake ends it before the first download
     rows: list[dict[str, Any]] = []
     for record in wanted:
         try:
@@ -181,7 +197,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    wanted = [find(name) for name in arguments.names] or list(records().values())
+    wanted = [_find(name) for name in arguments.names] or list(records().values())
     rows = []
     for record in wanted:
         local = local_file(record)
@@ -190,14 +206,15 @@ def _verify(arguments: argparse.Namespace) -> int:
         if not present and arguments.names:
             rows.append({"name": record.name, "status": "missing", "path": str(files[0][0])})
         for path, md5 in present:
-            good = is_verified(path, md5, rehash=True)
-            row = {"name": record.name, "status": "ok" if good else "wrong", "path": str(path), "expected_md5": md5}
-            rows.append(row if good else {**row, "md5": md5_of(path)})
+            found = md5_of(path) if local else recheck(path)
+            status = "ok" if found == md5 else "wrong"
+            rows.append({"name": record.name, "status": status, "path": str(path), "expected_md5": md5, "md5": found})
     if arguments.json:
         _print_json(rows)
     else:
         for row in rows:
-            detail = f": md5 {row['md5']}, expected {row['expected_md5']}; delete it" if "md5" in row else ""
+            wrong = row["status"] == "wrong"
+            detail = f": md5 {row['md5']}, expected {row['expected_md5']}; delete it" if wrong else ""
             hint = f"; 'iabn-hub fetch {row['name']}' gets it" if row["status"] != "ok" else ""
             print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
     return OK if all(row["status"] == "ok" for row in rows) else FAILED
@@ -206,20 +223,20 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _classify(arguments: argparse.Namespace) -> int:
     images = arguments.images
     if not images:
-        if arguments.model or arguments.checkpoint:
+        if arguments.model or arguments.checkpoint is not None:
             return _complain("name at least one image, or leave --model out for the bundled samples", USAGE)
         images = [str(path) for path in sorted(SAMPLES.glob("*.png"))]
     try:
-        classifier = Classifier(
-            arguments.model or DEFAULT_MODEL, checkpoint=arguments.checkpoint, device=arguments.device
-        )
-    except (RuntimeError, AssertionError) as e:
-        if isinstance(e, CheckpointError):
-            raise
+        torch.zeros(1, device=arguments.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         return _complain(f"device {arguments.device!r} cannot be used: {str(e).splitlines()[0]}", USAGE)
+    model = arguments.model or DEFAULT_MODEL
+    if arguments.checkpoint is None:
+        _find(model)
+    classifier = Classifier(model, checkpoint=arguments.checkpoint, device=arguments.device)
     rows: list[dict[str, Any]] = []
     if not arguments.json:
-        print(f"model: {classifier.record.name}")
+        print(f"model: {classifier.name}")
     for image in images:
         try:
             guesses = classifier.classify(image, arguments.topk)
@@ -233,5 +250,5 @@ def _classify(arguments: argparse.Namespace) -> int:
             for guess in guesses:
                 print(f"  {100 * guess.probability:6.2f} %  {guess.label}")
     if arguments.json:
-        _print_json({"model": classifier.record.name, "images": rows})
+        _print_json({"model": classifier.name, "images": rows})
     return FAILED if any("error" in row for row in rows) else OK

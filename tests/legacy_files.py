@@ -13,10 +13,10 @@ MODEL = "test_resnet_iabn"
 CLASSES = 7
 
 
-def a_small_network(seed=0):
+def a_small_network(**options):
     """The test network with random weights and lived-in statistics."""
-    torch.manual_seed(seed)
-    network = iabn_hub.create_model(MODEL, num_classes=CLASSES).eval()
+    torch.manual_seed(0)
+    network = iabn_hub.create_model(MODEL, num_classes=CLASSES, **options).eval()
     for name, value in network.state_dict().items():
         if name.endswith(("running_mean", "running_var", "bias", "bn1.weight", "bn2.weight")):
             value.copy_(torch.rand_like(value) + 0.5)
@@ -73,7 +73,7 @@ def a_record(path, **fields):
 
 def write_catalogue(path, *records):
     """A catalogue file with these records, as an organisation would add it."""
-    fields = ("model", "tag", "md5", "num_classes", "dataset", "google_drive_id", "hub", "layout", "classes")
+    fields = ("model", "tag", "md5", "num_classes", "dataset", "google_drive_id", "hub", "layout", "classes", "options")
     listed = [{k: r.to_dict()[k] for k in fields if r.to_dict()[k] is not None} for r in records]
     path.write_text(json.dumps({"checkpoints": listed}))
     return path

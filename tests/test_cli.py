@@ -1,6 +1,7 @@
 """The command line answers in text and JSON, names what is wrong, and exits as documented."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -9,7 +10,7 @@ from iabn_hub import __version__, cli
 from iabn_hub.checkpoints import cache_folder, find, records
 from iabn_hub.classify import SAMPLES
 
-from .legacy_files import a_record, a_small_network, flip_a_byte, save_legacy, write_catalogue
+from .legacy_files import a_record, a_small_network, flip_a_byte, md5, save_legacy, write_catalogue
 
 BUNDLED = "test_resnet_iabn.mnist"
 
@@ -82,6 +83,9 @@ def test_bad_images_are_named_and_do_not_stop_the_others(run, tmp_path):
         (("classify", "--model", "wider_resnet38_deeplab3_iabn.vistas", "x.png"), "is for segmentation"),
         (("classify", "--topk", "0"), "'0' is not a positive whole number"),
         (("classify", "--device", "toaster"), "device 'toaster' cannot be used"),
+        (("info", "resnet18_iabn"), "no weights are published for resnet18_iabn"),
+        (("classify", "--model", "resnet18_iabn", "x.png"), "no weights are published for resnet18_iabn"),
+        (("classify", "--device", "meta"), "device 'meta' cannot be used"),
         (("info", "resnet50"), "no checkpoint is called 'resnet50'; did you mean resnet50_iabn"),
         (("fetch", "nothing_like_it"), "'iabn-hub list' shows all names"),
         (("fetch",), "NAME"),
@@ -130,6 +134,18 @@ def test_fetch_caches_and_verify_notices_damage(run, listed):
     assert path.exists()
 
 
+def test_damage_with_an_old_date_is_not_forgotten(run, listed):
+    path = cache_folder() / listed.filename
+    run("fetch", listed.name)
+    dated = path.stat()
+    flip_a_byte(path)
+    os.utime(path, ns=(dated.st_atime_ns, dated.st_mtime_ns))
+    assert run("verify", listed.name)[0] == 1
+    code, _, err = run("fetch", listed.name)
+    assert (code, md5(path)) == (0, listed.md5)
+    assert "fetching it again" in err
+
+
 def test_verify_of_a_file_that_is_not_there(run, listed):
     code, out, _ = run("verify", listed.name, BUNDLED, "--json")
     assert code == 1
@@ -149,6 +165,11 @@ def test_checkpoint_named_by_the_caller_is_loaded(run, tmp_path):
     code, out, _ = run("classify", SAMPLES / "digit_3.png", "--checkpoint", path, "--json")
     assert code == 0
     assert json.loads(out)["images"][0]["predictions"][0]["label"] == "3"
-    code, _, err = run("classify", SAMPLES / "digit_3.png", "--checkpoint", tmp_path / "gone.pth")
-    assert code == 1
-    assert "gone.pth: there is no such file" in err
+    for name, says in (
+        (tmp_path / "gone.pth", "gone.pth: there is no such file"),
+        ("", "is empty"),
+        ("x" * 5000, "xxx"),
+    ):
+        code, _, err = run("classify", SAMPLES / "digit_3.png", "--checkpoint", name)
+        assert code == 1
+        assert says in err

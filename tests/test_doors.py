@@ -44,8 +44,9 @@ def clone(tmp_path):
 @pytest.fixture
 def organisation(tmp_path):
     """A legacy checkpoint in a mirror folder, and the catalogue that lists it."""
-    network = a_small_network()
-    record = a_record(save_legacy(tmp_path / "mirror" / "test_resnet_iabn.legacy.pth.tar", network))
+    options = {"activation": "elu", "activation_param": 0.7}
+    network = a_small_network(**options)
+    record = a_record(save_legacy(tmp_path / "mirror" / "test_resnet_iabn.legacy.pth.tar", network), options=options)
     listing = write_catalogue(tmp_path / "organisation.json", record)
     environment = {"IABN_HUB_CATALOGUE": str(listing), "IABN_HUB_MIRROR": (tmp_path / "mirror").as_uri()}
     return network, record, environment
@@ -106,6 +107,9 @@ def test_classify_fetches_from_a_mirror_and_refuses_a_flipped_byte(organisation,
     answer = json.loads(outcome.stdout)
     cached = tmp_path / "cache" / record.filename
     assert md5(cached) == record.md5
+    copy = shutil.copy(cached, tmp_path / "copy.pth.tar")
+    by_file = run(*command, "--checkpoint", str(copy), **environment)
+    assert json.loads(by_file.stdout)["images"] == answer["images"], "a file of the caller's needs the same options"
     transform = create_transform((3, 224, 224), crop_pct=0.875, interpolation="bilinear")
     with torch.inference_mode():
         logits = network(transform(Image.open(tmp_path / "photo.png").convert("RGB")).unsqueeze(0))

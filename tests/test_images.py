@@ -35,6 +35,13 @@ def test_transparency_becomes_white(tmp_path):
     assert open_rgb(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("brightest", [1.0, 255.0])
+def test_floating_point_picture_keeps_its_light(tmp_path, brightest):
+    Image.fromarray(np.array([[0.0, brightest / 2, brightest]], dtype=np.float32)).save(tmp_path / "float.tiff")
+    opened = np.asarray(open_rgb(tmp_path / "float.tiff"))[0, :, 0]
+    assert np.abs(opened.astype(int) - [0, 127, 255]).max() <= 1
+
+
 def test_one_pixel_is_a_picture(tmp_path):
     Image.new("L", (1, 1), 7).save(tmp_path / "dot.png")
     assert open_rgb(tmp_path / "dot.png").getpixel((0, 0)) == (7, 7, 7)
@@ -53,8 +60,9 @@ def _cut(path):
         (lambda p: p.write_bytes(b""), "is not an image"),
         (lambda p: p.mkdir(), "is a folder, not an image"),
         (_cut, "cannot be read as an image"),
+        (lambda p: p.write_bytes(b"DDS " + bytes(124)), "cannot be read as an image|is not an image"),
     ],
-    ids=["missing", "text", "empty", "folder", "cut"],
+    ids=["missing", "text", "empty", "folder", "cut", "dds"],
 )
 def test_bad_file_is_named(tmp_path, make, says):
     path = tmp_path / "odd.png"

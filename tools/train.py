@@ -19,10 +19,21 @@ import timm.data
 import torch
 
 import iabn_hub
-from iabn_hub.checkpoints import CheckpointError
 from iabn_hub.checkpoints.export import save_safetensors, write_atomically
 from iabn_hub.training.data import Augmentation, open_folders
 from iabn_hub.training.loop import Schedule, evaluate, train
+
+LIMITS = (
+    ("img_size", 32, 4096),
+    ("crop_pct", 0.1, 1),
+    ("epochs", 1, 10_000),
+    ("batch_size", 2, 1_000_000),
+    ("learning_rate", 1e-9, 1e3),
+    ("weight_decay", 0, 1),
+    ("min_scale", 0.01, 1),
+    ("hflip", 0, 1),
+    ("workers", 0, 256),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name, low, high in LIMITS:
+        value = getattr(arguments, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} is {value}: it must be {low:g} to {high:g}")
+    return arguments
 
 
 def main() -> int:
@@ -55,11 +71,12 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(arguments.seed)
-    device = torch.device(arguments.device)
-    wanted = {"input_size": arguments.img_size and (3, arguments.img_size, arguments.img_size)}
-    wanted["crop_pct"] = arguments.crop_pct
+    device = torch.zeros(1, device=arguments.device).device
+    wanted = {} if arguments.crop_pct is None else {"crop_pct": arguments.crop_pct}
+    if arguments.img_size is not None:
+        wanted["input_size"] = (3, arguments.img_size, arguments.img_size)
     probe = iabn_hub.create_model(arguments.model, device="meta")
-    cfg = timm.data.resolve_data_config({k: v for k, v in wanted.items() if v}, model=probe)
+    cfg = timm.data.resolve_data_config(wanted, model=probe)
     cfg = {k: cfg[k] for k in ("input_size", "mean", "std", "interpolation", "crop_pct")}
     folders = open_folders(
         arguments.data,
@@ -108,5 +125,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing was written")
-    except (CheckpointError, FloatingPointError, OSError, ValueError) as error:
+    except (FloatingPointError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"train.py: {error}")

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import types
@@ -26,6 +27,9 @@ _logger = logging.getLogger(__name__)
 ENVIRONMENT = "IABN_HUB_CATALOGUE"
 TASKS = ("classification", "segmentation")
 LAYOUTS = ("legacy", "iabn_hub")
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest", "box", "hamming")
+# What the caller decides, or the record says elsewhere.
+NOT_OPTIONS = {"num_classes", "in_chans", "features_only", "device", "dtype"}
 SUFFIXES = {"legacy": ".pth.tar", "iabn_hub": ".safetensors"}
 
 
@@ -67,7 +71,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(min(self.size) > 0, f"size must be positive, got {self.size}")
+        _require(self.size[0] > 0, f"size must have channels, got {self.size}")
+        _require(all(32 <= side <= 4096 for side in self.size[1:]), f"sides must be 32 to 4096 pixels, got {self.size}")
+        _one_of("interpolation", self.interpolation, INTERPOLATIONS)
         _require(min(self.std) > 0, f"std must be positive, got {self.std}")
         _require(0 < self.crop_pct <= 1, f"crop_pct must be in (0, 1], got {self.crop_pct}")
 
@@ -124,6 +130,8 @@ class Checkpoint:
         _check_md5(self.md5)
         _one_of("task", self.task, TASKS)
         _one_of("layout", self.layout, LAYOUTS)
+        misplaced = NOT_OPTIONS & set(self.options)
+        _require(not misplaced, f"options must not hold {', '.join(sorted(misplaced))}")
         _require(self.num_classes > 0, f"num_classes must be positive, got {self.num_classes}")
         _require(
             self.classes is None or len(self.classes) == self.num_classes,
@@ -173,11 +181,10 @@ def _is_a(value: Any, wanted: Any) -> bool:
     if origin is types.UnionType:
         return any(_is_a(value, each) for each in arguments)
     if origin is tuple:
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            return False
-        return isinstance(value, tuple) and all(_is_a(v, arguments[0]) for v in value)
+        fits = isinstance(value, tuple) and (arguments[-1] is Ellipsis or len(value) == len(arguments))
+        return fits and all(_is_a(v, arguments[0]) for v in value)
     if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or wanted)
@@ -221,11 +228,13 @@ def read_catalogue(path: str | os.PathLike[str]) -> tuple[Checkpoint, ...]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise CatalogueError(f"{path}: cannot read this catalogue ({e.strerror}); check {ENVIRONMENT}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CatalogueError(f"{path}: not a JSON file ({e})") from e
     if not isinstance(content, dict) or not isinstance(content.get("checkpoints"), list):
         raise CatalogueError(f"{path}: expected an object with a list 'checkpoints'")
     citations = content.get("citations", {})
+    if not isinstance(citations, dict) or not all(isinstance(text, str) for text in citations.values()):
+        raise CatalogueError(f"{path}: 'citations' must be an object of texts")
     records = []
     for index, values in enumerate(content["checkpoints"]):
         label = f"checkpoints[{index}]"
@@ -269,6 +278,7 @@ def records() -> dict[str, Checkpoint]:
     return dict(_read_all((str(BUILT_IN), *added)))
 
 
+@functools.cache
 def records_at_import() -> dict[str, Checkpoint]:
     """`records`, or ours alone if an added file is bad: a typing mistake there must not break `import iabn_hub`.
 

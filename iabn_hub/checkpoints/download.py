@@ -20,6 +20,7 @@ RETRIES = 4
 FIRST_PAUSE = 0.5  # seconds; doubles with each retry
 LONGEST_PAUSE = 60.0  # seconds; also the most that a server's Retry-After is obeyed
 TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
+LONGEST_PAGE = 1 << 20  # bytes of an HTML answer that are looked at
 CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 
 
@@ -80,7 +81,7 @@ def download(url: str, part: Path, bar: tqdm[Any]) -> None:
             try:
                 _attempt(session, url, part, bar)
                 return
-            except (_Transient, requests.RequestException) as e:
+            except (_Transient, requests.RequestException, ValueError) as e:  # ValueError: a URL that is none
                 # Errors of the request itself will not go away; those of the connection may.
                 temporary = (
                     _Transient, requests.ConnectionError, requests.Timeout,
@@ -113,15 +114,15 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: tqdm[Any]) ->
     have = part.stat().st_size if part.exists() else 0
     with _request(session, url, have) as response:
         if response.status_code == 416:  # what is there is longer than the file: not a part of it
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise _Transient("the server could not continue the download")
         continues = response.status_code == 206 and _range_start(response) == have
         if response.status_code == 206 and not continues:
             part.unlink(missing_ok=True)
             raise _Transient("the server continued the download at the wrong place")
         start = have if continues else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdigit() else None
+        length = _whole_number(response.headers.get("Content-Length", ""))
+        total = None if length is None else start + length
         bar.reset(total)
         bar.update(start)
         received = start
@@ -136,7 +137,12 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: tqdm[Any]) ->
 
 def _range_start(response: requests.Response) -> int | None:
     start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(start) if start.isdigit() else None
+    return _whole_number(start)
+
+
+def _whole_number(text: str) -> int | None:
+    """The number that a header holds, or None for anything else that a server may send."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def _request(session: requests.Session, url: str, have: int) -> requests.Response:
@@ -146,8 +152,7 @@ def _request(session: requests.Session, url: str, have: int) -> requests.Respons
     for _ in range(3):
         response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
         if response.status_code in RETRY_STATUS:
-            after = response.headers.get("Retry-After", "")
-            raise _Transient(f"HTTP {response.status_code}", float(after) if after.isdigit() else None)
+            raise _Transient(f"HTTP {response.status_code}", _whole_number(response.headers.get("Retry-After", "")))
         if response.status_code == 416:
             return response
         is_page = response.headers.get("Content-Type", "").startswith("text/html")
@@ -155,7 +160,7 @@ def _request(session: requests.Session, url: str, have: int) -> requests.Respons
             raise DownloadError(f"HTTP {response.status_code} {response.reason}")
         if not is_page:
             return response
-        page = _Page(response.text)
+        page = _Page(next(response.iter_content(LONGEST_PAGE), b"").decode(errors="replace"))
         if not page.action:
             what = page.error or page.title or "no title"
             raise DownloadError(f"HTTP {response.status_code} with a page instead of the file: {what}")

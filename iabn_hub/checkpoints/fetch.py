@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from .catalogue import Checkpoint, HubFile
 from .download import download
 from .errors import CacheError, CheckpointError, ChecksumError, DownloadError, OfflineError
-from .verify import is_verified, md5_of, remember
+from .verify import is_verified, md5_of, recheck, remember
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 LOCK_PATIENCE = 3600  # seconds another process may take for its download of the same file
@@ -38,10 +39,9 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def offline() -> bool:
-    """Whether downloads are off: `IABN_HUB_OFFLINE` or `HF_HUB_OFFLINE` is set to something but 0."""
-    return any(
-        os.environ.get(v, "").lower() in ("1", "true", "yes", "on") for v in ("IABN_HUB_OFFLINE", "HF_HUB_OFFLINE")
-    )
+    """Whether downloads are off: `IABN_HUB_OFFLINE` or `HF_HUB_OFFLINE` is set to anything that does not mean no."""
+    switches = (os.environ.get(name, "") for name in ("IABN_HUB_OFFLINE", "HF_HUB_OFFLINE"))
+    return any(value.strip().lower() not in ("", "0", "false", "no", "off") for value in switches)
 
 
 def local_file(record: Checkpoint) -> Path | None:
@@ -54,12 +54,9 @@ def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None
     folder = cache_folder(cache)
     candidates = [(folder / record.filename, record.md5)]
     if record.hub:
-        candidates.append((folder / f"{record.name}{_suffix(record.hub.filename)}", record.hub.md5))
+        suffix = ".safetensors" if record.hub.filename.endswith(".safetensors") else ".pth.tar"
+        candidates.append((folder / f"{record.name}.hub{suffix}", record.hub.md5))
     return candidates
-
-
-def _suffix(filename: str) -> str:
-    return ".safetensors" if filename.endswith(".safetensors") else ".pth.tar"
 
 
 def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
@@ -87,8 +84,9 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
             return path
     target, md5 = candidates[0]
     if offline():
+        damaged = f"{target} does not have the md5 {md5}" if target.is_file() else f"it is not in {target.parent}"
         raise OfflineError(
-            f"{record.name} is not in {target.parent} and downloads are off (IABN_HUB_OFFLINE or HF_HUB_OFFLINE). "
+            f"{record.name}: {damaged}, and downloads are off (IABN_HUB_OFFLINE or HF_HUB_OFFLINE). "
             f"Put the file there as {target.name} (md5 {md5}), or allow downloads"
         )
     with _lock(target):
@@ -96,7 +94,11 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
             if is_verified(path, md5):
                 return path
             if path.is_file():
-                _remove_wrong(record, path, md5)
+                print(
+                    f"{record.name}: {path} has md5 {recheck(path)}, expected {md5}; removing it and fetching it again",
+                    file=sys.stderr,
+                )
+                path.unlink()
         return _from_sources(record, candidates, progress)
 
 
@@ -125,14 +127,6 @@ def _lock(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _remove_wrong(record: Checkpoint, path: Path, md5: str) -> None:
-    print(
-        f"{record.name}: {path} has md5 {md5_of(path)}, expected {md5}; removing it and fetching it again",
-        file=sys.stderr,
-    )
-    path.unlink()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +159,7 @@ def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator
     mirror = os.environ.get("IABN_HUB_MIRROR", "").rstrip("/")
     if mirror:
         url = f"{mirror}/{quote(record.filename)}"
-        yield _Source(f"mirror {url}", _reader(url)), candidates[0]
+        yield _Source(f"mirror {_without_password(url)}", _reader(url)), candidates[0]
     hub = record.hub
     if hub:
         yield _Source(f"Hub {hub.repo}@{hub.revision}", lambda part, bar: _from_hub(hub, part)), candidates[1]
@@ -175,11 +169,15 @@ def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator
         yield _Source(f"Google Drive {record.google_drive_id}", _reader(url)), candidates[0]
 
 
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
 def _reader(url: str) -> Callable[[Path, tqdm[Any]], None]:
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return lambda part, bar: _copy(Path(url2pathname(parts.path)), part, bar)
-    if parts.scheme in ("http", "https"):
+    scheme, _, path = url.partition("://")
+    if scheme == "file":
+        return lambda part, bar: _copy(Path(url2pathname(urlsplit(f"file://{path}").path)), part, bar)
+    if scheme in ("http", "https"):
         return lambda part, bar: download(url, part, bar)
 
     def refuse(part: Path, bar: tqdm[Any]) -> None:
@@ -221,9 +219,14 @@ def _save(record: Checkpoint, source: _Source, target: Path, md5: str, progress:
         desc=record.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True
     )
     try:
+        resumed = part.exists()
         with bar:
             source.save(part, bar)
-        found = md5_of(part)
+            found = md5_of(part)
+            if found != md5 and resumed:  # what an earlier attempt, or another source, had left was not a part of it
+                part.unlink()
+                source.save(part, bar)
+                found = md5_of(part)
         if found != md5:
             size = part.stat().st_size
             part.unlink()

@@ -6,62 +6,102 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from ..layers import ABN, InPlaceABN
 from .errors import CheckpointError
 from .legacy import to_current
 
 _logger = logging.getLogger(__name__)
 SHOWN = 5  # names listed of each kind before '… and N more'
+FIRST_CONV, CLASSIFIER = "conv1.weight", "fc."
+RGB = 3
 
 
-def fit(state_dict: Mapping[str, Any], model: nn.Module, new_classifier: bool = False) -> dict[str, Any]:
-    """The state dict in our layout, after checking it against `model`; for timm's `pretrained_filter_fn`.
+def fit(
+    state_dict: Mapping[str, Any], model: nn.Module, new_classifier: bool = False, unsigned: bool | None = None
+) -> dict[str, Tensor]:
+    """A state dict that `model` loads strictly, from one in the legacy layout or ours.
 
-    timm adapts the classifier and the first convolution afterwards and loads the rest without complaint about
-    missing keys, so that a wrong file would leave random weights behind. Here it is refused.
+    Only two things are adapted: filters for RGB to another number of input channels, as timm does it, and a classifier
+    for another number of classes, which stays as it was drawn. All else must be there, with its shape.
 
     Args:
-        new_classifier: the caller asked for a number of classes: if the weights have another one, the classifier
-            stays as it was drawn, and a warning says so.
+        new_classifier: the caller asked for a number of classes, so the weights may have another one.
+        unsigned: the weights were trained with the scale |w| + eps (False: with w itself; None: nobody knows).
 
     Raises:
-        CheckpointError: keys are missing, extra, misshapen or not tensors; the message lists them.
+        CheckpointError: keys are missing, extra, misshapen or not plain tensors, or the network reads the scales
+            differently; the message lists them.
     """
     given = to_current(state_dict)
     expected = model.state_dict()
-    cfg: Any = model.pretrained_cfg
-    classifier = given.get(f"{cfg['classifier']}.weight")
-    adapted = {f"{cfg['first_conv']}.weight"} if getattr(model, "in_chans", 3) != 3 else set()
-    if new_classifier and isinstance(classifier, Tensor) and classifier.dim() == 2:
-        # What the file holds decides whether timm keeps its classifier, whatever the configuration says.
-        cfg["num_classes"] = len(classifier)
-        if len(classifier) != model.num_classes:
-            adapted |= {name for name in {*given, *expected} if name.startswith(f"{cfg['classifier']}.")}
-            if model.num_classes:
-                _logger.warning(
-                    "the classifier is new: the weights have %d classes, the network %s",
-                    len(classifier),
-                    model.num_classes,
-                )
+    if new_classifier:
+        _keep_classifier_if_new(given, expected)
+    _adapt_first_conv(given, expected)
 
     # Files older than torch 0.4.1 do not count batches; the layer starts that count at 0.
-    missing = [n for n in expected if n not in given and n not in adapted and not n.endswith(".num_batches_tracked")]
-    extra = [n for n in given if n not in expected and n not in adapted]
+    missing = [n for n in expected if n not in given and not n.endswith(".num_batches_tracked")]
+    extra = [n for n in given if n not in expected]
     shared = [n for n in expected if n in given]
-    strange = [f"{n} is a {type(given[n]).__name__}" for n in shared if not isinstance(given[n], Tensor)]
+    strange = [f"{n} is {_describe(given[n])}" for n in shared if not _is_plain(given[n], expected[n])]
     misshapen = [
         f"{n} is {tuple(given[n].shape)}, expected {tuple(expected[n].shape)}"
         for n in shared
-        if isinstance(given[n], Tensor) and n not in adapted and given[n].shape != expected[n].shape
+        if isinstance(given[n], Tensor) and given[n].shape != expected[n].shape
     ]
-    kinds = {"missing": missing, "not expected": extra, "misshapen": misshapen, "not tensors": strange}
+    kinds = {"missing": missing, "not expected": extra, "misshapen": misshapen, "not plain tensors": strange}
     problems = [f"{kind}: {_list(names)}" for kind, names in kinds.items() if names]
     if problems:
-        raise CheckpointError(
-            f"these weights do not belong to {cfg.get('architecture', type(model).__name__)}: " + "; ".join(problems)
-        )
+        raise CheckpointError("these weights do not belong to this network: " + "; ".join(problems))
+    if unsigned is not None:
+        _check_scales(given, model, unsigned)
     return given
+
+
+def _keep_classifier_if_new(given: dict[str, Any], expected: Mapping[str, Tensor]) -> None:
+    theirs, ours = given.get(f"{CLASSIFIER}weight"), expected.get(f"{CLASSIFIER}weight")
+    classes = len(theirs) if isinstance(theirs, Tensor) and theirs.dim() > 0 else None
+    if classes is None or (ours is not None and classes == len(ours)):
+        return
+    for name in [n for n in given if n.startswith(CLASSIFIER)]:
+        del given[name]
+    given.update((n, value) for n, value in expected.items() if n.startswith(CLASSIFIER))
+    if ours is not None:
+        _logger.warning("the classifier is new: the weights have %d classes, the network %d", classes, len(ours))
+
+
+def _adapt_first_conv(given: dict[str, Any], expected: Mapping[str, Tensor]) -> None:
+    theirs, channels = given.get(FIRST_CONV), expected[FIRST_CONV].shape[1]
+    if isinstance(theirs, Tensor) and theirs.dim() == 4 and theirs.shape[1] == RGB != channels:
+        given[FIRST_CONV] = adapt_input_conv(channels, theirs)
+
+
+def _is_plain(value: Any, expected: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point() == expected.is_floating_point()
+    )
+
+
+def _describe(value: Any) -> str:
+    return f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_scales(given: Mapping[str, Tensor], model: nn.Module, unsigned: bool) -> None:
+    """Refuse negative scales that were trained as |w| + eps and would be read as w, or the other way round."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, ABN) and layer.weight is not None:
+            reads_unsigned = isinstance(layer, InPlaceABN) and not layer.signed_scale
+            if reads_unsigned != unsigned and bool((given[f"{name}.weight"] < 0).any()):
+                trained, reads = ("|w| + eps", "w") if unsigned else ("w", "|w| + eps")
+                raise CheckpointError(
+                    f"these weights were trained with the scale {trained}, and {name} would read its negative scales "
+                    f"as {reads}: leave norm_layer and signed_scale as the checkpoint has them"
+                )
 
 
 def _list(names: Iterable[str]) -> str:

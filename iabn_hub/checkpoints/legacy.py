@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from .errors import CheckpointError
+
 T = TypeVar("T")
 
 
@@ -61,12 +63,24 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
     """The state dict under our names, without the `module.` that a data-parallel wrapper leaves.
 
     A state dict in our layout comes back with the same names.
+
+    Raises:
+        CheckpointError: two keys would get the same name.
     """
-    bare = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    bare = _renamed(state_dict, {name: name.removeprefix("module.") for name in state_dict})
     if not is_legacy(bare):
         return bare
     names = {name: current_name(name) for name in bare}
     # Pre-activation blocks have no norm on their projection, so that branch is the convolution alone.
     if not any(name.startswith("layer") and ".downsample.1." in name for name in names.values()):
         names = {old: new.replace(".downsample.0.", ".downsample.") for old, new in names.items()}
-    return {names[name]: value for name, value in bare.items()}
+    return _renamed(bare, names)
+
+
+def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    renamed: dict[str, T] = {}
+    for name, value in values.items():
+        if names[name] in renamed:
+            raise CheckpointError(f"two of its keys mean {names[name]}; one of them is {name}")
+        renamed[names[name]] = value
+    return renamed

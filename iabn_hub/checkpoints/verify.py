@@ -1,4 +1,4 @@
-"""Whether a file has the md5 it must have, and a note beside it so that each load need not hash it again."""
+"""Whether a file has the md5 it must have, and a note that saves hashing it at each load."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ def md5_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_verified(path: Path, md5: str, *, rehash: bool = False) -> bool:
-    """Whether `path` exists with this md5; reads all of it unless a note says that it was checked and not touched.
-
-    Args:
-        rehash: read the file even so.
-    """
+def is_verified(path: Path, md5: str) -> bool:
+    """Whether `path` is a cached file with this md5; reads all of it unless a note says that it was checked before."""
     if not path.is_file():
         return False
-    note = _note(path)
-    if not rehash:
-        with contextlib.suppress(OSError):
-            if note.read_text().split() == [md5, *_stamp(path)]:
-                return True
-    if md5_of(path) != md5:
-        return False
-    remember(path, md5)
-    return True
+    with contextlib.suppress(OSError):
+        if _note(path).read_text().split() == [md5, *_stamp(path)]:
+            return True
+    return recheck(path) == md5
+
+
+def recheck(path: Path) -> str:
+    """The md5 of a cached file, read again; from now on the note says this, whatever it said."""
+    found = md5_of(path)
+    remember(path, found)
+    return found
 
 
 def remember(path: Path, md5: str) -> None:

@@ -23,15 +23,20 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, or it holds no state dict; names the file.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is no such file")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, EOFError, OSError, RuntimeError, ValueError) as e:
-        reason = str(e).strip().partition("\n")[0] or type(e).__name__
-        raise CheckpointError(f"{path}: is not a file of weights that can be read: {reason}") from e
+    except CheckpointError:
+        raise
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from e
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(f"{path}: is not a file of weights, or holds code, which is never run") from e
+    except Exception as e:  # a damaged file fails in as many ways as it has bytes
+        raise CheckpointError(f"{path}: is not a file of weights, or is damaged ({type(e).__name__})") from e
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

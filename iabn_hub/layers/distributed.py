@@ -38,7 +38,7 @@ class Peers:
         """
         packed = torch.cat([mean, var, mean.new_full((1,), count)])
         gathered = packed.new_empty(self.count, packed.numel())
-        dist.all_gather_into_tensor(gathered.view(-1), packed, group=self.group)
+        dist.all_gather(list(gathered.unbind(0)), packed, group=self.group)
         means, variances, counts = gathered.split([mean.numel(), var.numel(), 1], dim=1)
         total = counts.sum(0).clamp_(min=1)
         share = counts / total

@@ -157,8 +157,21 @@ def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor 
         raise ValueError(f"residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}: they must be equal")
     if inplace and residual is not None and _starts_where(residual, x):
         raise ValueError("residual is the input, which the layer overwrites but still needs: use inplace=False")
-    if inplace and x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+    if inplace:
+        _check_overwritable(x)
+
+
+def _check_overwritable(x: Tensor) -> None:
+    """Refuse what autograd would refuse as well, but only after the input is lost."""
+    base = x if x._base is None else x._base
+    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError("the input is a leaf that requires a gradient and cannot be overwritten: use inplace=False")
+    if torch.compiler.is_compiling():
+        return
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("the input was made in inference mode and cannot be overwritten outside: use inplace=False")
+    if torch._debug_has_internal_overlap(x) == 1:
+        raise ValueError("elements of the input share memory, as after expand(): use inplace=False or clone it")
 
 
 def _starts_where(a: Tensor, b: Tensor) -> bool:
@@ -180,7 +193,10 @@ def _track(
 ) -> None:
     if isinstance(count, int) and count == 0:
         return  # an empty batch says nothing, as in BatchNorm
-    unbiased = var * (count / (count - 1))
+    if isinstance(count, Tensor):  # one value in all processes together has no variance
+        momentum, unbiased = momentum * (count > 1).to(var.dtype), var * (count / (count - 1).clamp(min=1))
+    else:
+        unbiased = var * (count / (count - 1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
         running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))

@@ -98,18 +98,21 @@ class ABN(nn.Module):
             tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(tracked.item())
-        y = F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            scale,
-            self.bias,
-            self.training or self.running_mean is None,
-            0.0 if momentum is None else momentum,
-            self.eps,
-        )
+        mean, var = self.running_mean, self.running_var
+        bias: Optional[Tensor] = self.bias
+        if x.dtype == torch.float64:  # the operator wants one dtype then
+            mean = mean.double() if mean is not None else None
+            var = var.double() if var is not None else None
+            scale = scale.double() if scale is not None else None
+            bias = bias.double() if bias is not None else None
+        training = self.training or mean is None
+        y = F.batch_norm(x, mean, var, scale, bias, training, 0.0 if momentum is None else momentum, self.eps)
+        if self.training and mean is not None and var is not None:
+            self._set_running_stats(mean, var)
         if residual is not None:
-            y = y + residual
+            if residual.shape != x.shape:
+                raise ValueError(f"residual has shape {residual.shape}, the input {x.shape}: they must be equal")
+            y = y + residual.to(y.dtype)
         if self.activation == "relu":
             return F.relu(y, inplace=True)
         if self.activation == "leaky_relu":
@@ -117,6 +120,12 @@ class ABN(nn.Module):
         if self.activation == "elu":
             return F.elu(y, self.activation_param, inplace=True)
         return y
+
+    def _set_running_stats(self, mean: Tensor, var: Tensor) -> None:
+        running_mean, running_var = self.running_mean, self.running_var
+        if running_mean is not None and running_var is not None and running_mean.dtype != mean.dtype:
+            running_mean.copy_(mean)
+            running_var.copy_(var)
 
     @torch.jit.unused
     def _load_from_state_dict(

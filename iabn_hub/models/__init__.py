@@ -25,7 +25,7 @@ for _layer in (InPlaceABN, InPlaceABNSync):
 for _record in records_at_import().values():
     if _record.task == "classification" and _record.model not in ARCHITECTURES:
         _logger.warning(
-            "%s: %s: there is no architecture %r%s. The record is left out.",
+            "%s: %s: there is no architecture %r%s. The record cannot be used.",
             _record.catalogue,
             _record.name,
             _record.model,
@@ -60,7 +60,7 @@ def create_model(
         raise UnknownNameError(
             f"no model is called {name!r}" + suggest(name, [*ARCHITECTURES, *list_models(pretrained=True)])
         )
-    if checkpoint is not None:
+    if checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
         pretrained = True
         options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..checkpoints.fit import fit
 from ..checkpoints.weights import read_weights, weights_in
 from .network import Network
 
+URL_SCHEME = "iabn-hub:"  # how timm is told that weights exist
 STRIDE = 32  # of every registered architecture at its default options
 
 
@@ -44,7 +46,7 @@ def _cfg(record: Checkpoint | None) -> dict[str, Any]:
     }
     if record:
         cfg |= {
-            "url": f"iabn-hub:{record.name}",  # `build` turns the name into a verified file
+            "url": URL_SCHEME + record.name,  # `build` turns the name into a verified file
             "license": record.license or None,
             "description": record.description or None,
             "label_names": record.classes,
@@ -59,7 +61,8 @@ def build(network: type[Network], variant: str, pretrained: bool, options: dict[
     """The network, with verified weights if `pretrained`.
 
     Weights come from the caller if `pretrained_cfg` or its overlay names a file, a folder, a Hub repository or a state
-    dict, else from the catalogue's record for the tag, md5-checked.
+    dict, else from the catalogue's record for the tag, md5-checked. They are read before the network is built, and
+    here alone: timm never opens a file.
 
     Raises:
         CheckpointError: no such weights, or they cannot be fetched, verified or loaded.
@@ -67,60 +70,72 @@ def build(network: type[Network], variant: str, pretrained: bool, options: dict[
     cfg = resolve_pretrained_cfg(
         variant, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
     )
-    overlay: dict[str, Any] = {}
-    source, read = "", None
+    new_classifier = "num_classes" in options
+    source, weights, unsigned = "", None, None
     if pretrained:
-        source, read, needed = _source(cfg, variant, options.get("cache_dir"))
-        options = {**needed, **options}
-        # Given a state dict, timm hands it to our filter and loads nothing itself: files are read in one place.
-        overlay = {"state_dict": {"source": source}, "source": None}
+        record = next((r for r in checkpoints_of(variant) if r.tag == cfg.tag), None)
+        if record:
+            _check_options(record, network)
+            unsigned = _reads_unsigned(variant, record.options)
+            options = {**record.options, **options}
+        source, weights, is_published = _read(cfg, variant, record, options.get("cache_dir"))
+        unsigned = unsigned if is_published else None
     if options.get("features_only"):
         options.setdefault("out_indices", tuple(range(network.stages + 1)))
-    new_classifier = "num_classes" in options
-    try:
-        model: Any = build_model_with_cfg(
-            network,
-            variant,
-            pretrained,
-            pretrained_cfg=cfg.to_dict(),
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=lambda _, model: fit(read(), model, new_classifier) if read else {},
-            feature_cfg={"feature_cls": "getter"},
-            **options,
-        )
-    except CheckpointError as e:
-        raise type(e)(f"{source}: {e}" if source not in str(e) else str(e)) from e
-    for holder in (model, getattr(model, "model", model)):  # a feature extractor has the network inside
-        holder.pretrained_cfg.pop("state_dict", None)
-        if cfg.source:
-            holder.pretrained_cfg["source"] = cfg.source
-    built: nn.Module = model
-    return built
+
+    def make(**arguments: Any) -> nn.Module:
+        model = network(**arguments)
+        if weights is not None:
+            try:
+                model.load_state_dict(fit(weights, model, new_classifier, unsigned))
+            except CheckpointError as e:
+                raise type(e)(f"{source}: cannot load {variant}: {e}") from e
+        return model
+
+    model: nn.Module = build_model_with_cfg(
+        make, variant, False, pretrained_cfg=cfg.to_dict(), feature_cfg={"feature_cls": "getter"}, **options
+    )
+    return model
 
 
-def _source(
-    cfg: PretrainedCfg, variant: str, cache: str | None
-) -> tuple[str, Callable[[], Mapping[str, Any]], Mapping[str, Any]]:
-    """Where the weights come from, in words; how to read them; and the options that the network needs for them."""
-    repository = cfg.hf_hub_id
-    if repository and (cfg.source == "hf-hub" or not (cfg.state_dict or cfg.file)):
-        name = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
-        return (
-            f"hf-hub:{repository}",
-            lambda: load_state_dict_from_hf(repository, **name, weights_only=True, cache_dir=cache),
-            {},
-        )
+def _read(
+    cfg: PretrainedCfg, variant: str, record: Checkpoint | None, cache: str | None
+) -> tuple[str, Mapping[str, Any], bool]:
+    """Where the weights come from, in words; the weights; and whether they are the published ones."""
     if cfg.state_dict:
-        return "the given state dict", lambda: cfg.state_dict, {}
-    if cfg.file:
+        return "the given state dict", cfg.state_dict, False
+    if cfg.file is not None:
+        if not str(cfg.file):
+            raise CheckpointError("the name of the file of weights is empty")
         path = Path(cfg.file).expanduser()
         path = weights_in(path) if path.is_dir() else path
-        return str(path), lambda: read_weights(path), {}
-    record = next((r for r in checkpoints_of(variant) if r.tag == cfg.tag), None)
+        return str(path), read_weights(path), False
+    if cfg.hf_hub_id:
+        name = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
+        source = f"hf-hub:{cfg.hf_hub_id}"
+        try:
+            return source, load_state_dict_from_hf(cfg.hf_hub_id, **name, weights_only=True, cache_dir=cache), False
+        except Exception as e:  # whatever the Hub's client and the reader of the file let through
+            raise CheckpointError(f"{source}: {str(e).strip() or type(e).__name__}") from e
+    if cfg.url and not str(cfg.url).startswith(URL_SCHEME):
+        raise CheckpointError(f"{cfg.url}: weights are not loaded from a bare URL; download the file and name it")
     if record is None:
         raise CheckpointError(
             f"no weights are published for {variant}: pass pretrained=False, or name a file with "
             "pretrained_cfg_overlay={'file': PATH}. 'iabn-hub list' shows what exists"
         )
-    verified = fetch_checkpoint(record, cache=cache)
-    return str(verified), lambda: read_weights(verified), record.options
+    path = fetch_checkpoint(record, cache=cache)
+    return str(path), read_weights(path), True
+
+
+def _reads_unsigned(variant: str, options: Mapping[str, Any]) -> bool:
+    standard = "abn" if variant.endswith("_abn") else "iabn"
+    return options.get("norm_layer", standard) != "abn" and not options.get("signed_scale", False)
+
+
+def _check_options(record: Checkpoint, network: type[nn.Module]) -> None:
+    unknown = [name for name in record.options if name not in inspect.signature(network).parameters]
+    if unknown:
+        raise CheckpointError(
+            f"{record.catalogue}: {record.name}: {network.__name__} has no option {', '.join(unknown)}"
+        )

@@ -90,9 +90,7 @@ class DenseNet(StemmedNetwork):
         plan = stage_strides((1, 2, 2, 2), 4, output_stride)
         for number, (depth, (stride, dilation, reduction)) in enumerate(zip(layers, plan), start=1):
             parts: List[Tuple[str, nn.Module]] = []
-            if number == 1:
-                parts.append(("pool", nn.MaxPool2d(3, stride=2, padding=1)))
-            else:
+            if number > 1:
                 parts.append(("transition", Transition(channels, channels // 2, stride, norm, where)))
                 channels //= 2
             block = DenseBlock([DenseLayer(channels + i * growth, growth, dilation, norm, where) for i in range(depth)])

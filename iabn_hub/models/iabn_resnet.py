@@ -11,7 +11,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from .build import build, default_cfgs_of
-from .network import Network, NormFactory, named_sequence, norm_factory, stage_strides
+from .network import Network, NormFactory, norm_factory, stage_strides
 
 
 class BasicBlock(nn.Module):
@@ -118,8 +118,7 @@ class ResNet(Network):
                     )
                 blocks.append(block(channels, width, stride, dilation, norm, downsample, where))
                 channels, stride = outputs, 1
-            before = {"pool": nn.MaxPool2d(3, stride=2, padding=1)} if number == 1 else {}
-            self.add_module(f"layer{number}", named_sequence(blocks, **before))
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{number}"})
         self.finish(channels, nn.Identity(), activation, activation_param, where)
 

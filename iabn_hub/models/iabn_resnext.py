@@ -10,7 +10,7 @@ from timm.models import register_model
 from torch import nn
 
 from .build import build, default_cfgs_of
-from .network import NormFactory, named_sequence, norm_factory, stage_strides
+from .network import NormFactory, norm_factory, stage_strides
 from .preactivation import PreActivationBlock
 from .stem import StemmedNetwork
 
@@ -55,8 +55,7 @@ class ResNeXt(StemmedNetwork):
             for _ in range(depth):
                 blocks.append(PreActivationBlock(channels, widths, norm, where, stride, dilation, groups))
                 channels, stride = widths[-1], 1
-            before = {"pool": nn.MaxPool2d(3, stride=2, padding=1)} if number == 1 else {}
-            self.add_module(f"layer{number}", named_sequence(blocks, **before))
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"layer{number}"})
             widths = (widths[0] * 2, widths[1] * 2, widths[2] * 2)
         self.finish(channels, norm(channels, inplace=False), activation, activation_param, where)

@@ -64,7 +64,10 @@ class WiderResNet(Network):
         plan = stage_strides((2, 2, 2, 2, 2, 1), 1, output_stride)
         for number, (depth, widths, (stride, dilation, reduction)) in enumerate(zip(layers, WIDTHS, plan), start=1):
             pools = number <= (2 if a2 else 5)
-            before = {"pool": nn.MaxPool2d(3, stride=stride, padding=1)} if pools else {}
+            pool = nn.MaxPool2d(3, stride=stride, padding=1)
+            before = {"pool": pool} if pools and number > 1 else {}
+            if number == 1:
+                self.maxpool = pool
             dropout = block_dropout[number - 5] if a2 and number >= 5 else 0.0
             blocks: List[nn.Module] = []
             for index in range(depth):

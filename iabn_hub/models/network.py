@@ -38,7 +38,7 @@ def norm_factory(
     if isinstance(norm_layer, str) and norm_layer not in NORM_LAYERS:
         raise ValueError(f"unknown norm_layer {norm_layer!r}: choose one of {', '.join(NORM_LAYERS)}, or pass a class")
     cls = NORM_LAYERS[norm_layer] if isinstance(norm_layer, str) else norm_layer
-    only_in_place = {} if cls is ABN else {"signed_scale": signed_scale}
+    only_in_place = {"signed_scale": True} if signed_scale and cls is not ABN else {}
 
     def norm(channels: int, activation: str = activation, inplace: bool = True) -> nn.Module:
         options: Dict[str, Any] = dict(only_in_place, activation=activation, activation_param=activation_param)
@@ -74,7 +74,7 @@ def stage_strides(strides: Tuple[int, ...], stem_stride: int, output_stride: int
 class Network(nn.Module):
     """A stem, numbered stages `layer1`…, a last norm and a classifier, with timm's interface.
 
-    A family fills in `forward_stem` and the attributes `layer1`…, then calls `finish`.
+    A family fills in `forward_stem` and the attributes `layer1`…, then calls `finish`. `maxpool` stands between them.
     """
 
     stages: int = 4
@@ -88,6 +88,7 @@ class Network(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.feature_info: List[Dict[str, Any]] = []
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         self._first_pool = global_pool
 
     def finish(self, num_features: int, norm: nn.Module, activation: str, activation_param: float, where: Any) -> None:
@@ -112,7 +113,7 @@ class Network(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to the last feature map, (N, num_features, H / output_stride, W / output_stride)."""
-        x = self.forward_stem(x)
+        x = self.maxpool(self.forward_stem(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
             for name in self._layer_names():
                 x = checkpoint_seq(getattr(self, name), x)
@@ -165,6 +166,7 @@ class Network(nn.Module):
         x = self.forward_stem(x)
         if 0 in wanted:
             taps.append(x)
+        x = self.maxpool(x)
         names = self._layer_names()
         for index, name in enumerate(names[:last] if stop_early else names, start=1):
             layer = getattr(self, name)
@@ -184,6 +186,8 @@ class Network(nn.Module):
         cut = last < self.stages
         for name in self._layer_names()[last:]:
             setattr(self, name, nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()
         if prune_norm or cut:
             self.norm = nn.Identity()
         if cut:

@@ -98,6 +98,11 @@ def test_name_taken_twice_is_refused(tmp_path, monkeypatch):
         ({"results": {"top1": 3}}, "results must be a list"),
         ({"hub": {"repo": "no-slash", "md5": "0" * 32}}, "hub.repo is 'no-slash', not ORG/NAME"),
         ({"hub": {"repo": "a/b"}}, "missing field md5"),
+        ({"input": {"size": 3}}, "size is 3, expected"),
+        ({"input": {"size": [3, 100000, 100000]}}, "sides must be 32 to 4096 pixels"),
+        ({"input": {"mean": [float("nan"), 0, 0]}}, "mean is .nan, 0, 0., expected"),
+        ({"input": {"interpolation": "foo"}}, "interpolation is 'foo': choose one of bilinear"),
+        ({"options": {"num_classes": 3}}, "options must not hold num_classes"),
     ],
 )
 def test_bad_record_is_refused_by_file_record_and_field(tmp_path, change, says):
@@ -113,7 +118,16 @@ def test_missing_field_is_named(tmp_path):
         read_catalogue(a_catalogue(tmp_path, {"model": "resnet18_iabn"}))
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "not a JSON file"), ("[]", "expected an object with a list")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
+        ("[]", "expected an object with a list"),
+        ('{"checkpoints": [], "citations": null}', "'citations' must be an object of texts"),
+    ],
+    ids=["cut", "deep", "list", "citations"],
+)
 def test_file_that_is_no_catalogue_is_refused(tmp_path, text, says):
     path = tmp_path / "bad.json"
     path.write_text(text)

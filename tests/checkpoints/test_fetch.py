@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-import requests
 from werkzeug import Response
 
 from iabn_hub.checkpoints import (
@@ -173,9 +172,11 @@ def test_record_without_a_source_says_where_to_put_the_file(record):
         fetch_checkpoint(record)
 
 
-@pytest.mark.parametrize("variable", ["IABN_HUB_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_never_asks_the_server(record, server, monkeypatch, variable):
-    monkeypatch.setenv(variable, "1")
+@pytest.mark.parametrize(
+    ("variable", "value"), [("IABN_HUB_OFFLINE", "1"), ("HF_HUB_OFFLINE", "1"), ("IABN_HUB_OFFLINE", "y")]
+)
+def test_offline_never_asks_the_server(record, server, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
     with pytest.raises(OfflineError, match="downloads are off"):
         fetch_checkpoint(record)
     assert server.log == []
@@ -234,10 +235,56 @@ def test_interrupted_download_resumes_in_the_next_process(record, server):
     assert re.fullmatch(r"bytes=[1-9]\d{6}-", server.log[-1].range)
 
 
-def test_session_sends_no_credentials(record, server):
+def test_password_of_a_mirror_is_used_and_not_shown(record, server, httpserver, monkeypatch):
+    monkeypatch.setenv("IABN_HUB_MIRROR", httpserver.url_for("/weights").replace("//", "//me:s3cret@"))
+    server.answers = [Response("no", 403)]
+    with pytest.raises(DownloadError) as caught:
+        fetch_checkpoint(record)
+    assert server.log[0].authorization.startswith("Basic ")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_retry_after_is_obeyed(record, server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    server.answers = [Response("busy", 429, {"Retry-After": "7"}), Response("busy", 503, {"Retry-After": "99999"})]
     fetch_checkpoint(record)
-    assert isinstance(download.open_session(), requests.Session)
-    assert server.log[0].authorization is None
+    assert pauses == [7, download.LONGEST_PAUSE]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Response("", 302, {"Location": "http://["}),
+        Response("<form id='download-form' action='http://['></form>", 200, content_type="text/html"),
+        Response("busy", 503, {"Retry-After": "\u00b2"}),
+        Response("", 416),
+    ],
+    ids=["redirect", "form", "retry", "range"],
+)
+def test_nonsense_from_a_server_is_a_sentence(record, server, answer):
+    server.answers = [answer] * 6
+    with pytest.raises(DownloadError, match="mirror http://"):
+        fetch_checkpoint(record)
+
+
+def test_mirror_that_is_no_url_is_a_sentence(record, monkeypatch):
+    monkeypatch.setenv("IABN_HUB_MIRROR", "http://[")
+    with pytest.raises(DownloadError, match="mirror http"):
+        fetch_checkpoint(record)
+
+
+def test_wrong_beginning_left_by_another_source_is_dropped(record, server):
+    cache_folder().mkdir()
+    part = cache_folder() / f"{record.filename}.{record.md5[:8]}.partial"
+    part.write_bytes(b"from elsewhere")
+    assert fetch_checkpoint(record).read_bytes() == CONTENT
+    assert [r.range for r in server.log] == ["bytes=14-", None]
+
+
+def test_default_cache_is_the_one_of_torch_hub(monkeypatch, tmp_path):
+    monkeypatch.delenv("IABN_HUB_CACHE")
+    assert cache_folder() == tmp_path / "torch" / "hub" / "checkpoints"
 
 
 HUB = """
@@ -274,5 +321,5 @@ def test_hub_repository_is_a_source(httpserver, tmp_path):
     assert files_in_cache() == []
     fetched = fetch(hashlib.md5(CONTENT).hexdigest())
     assert fetched.returncode == 0, fetched.stderr
-    assert files_in_cache() == ["test_resnet_iabn.hub.safetensors"]
+    assert files_in_cache() == ["test_resnet_iabn.hub.hub.safetensors"]
     assert (cache_folder() / files_in_cache()[0]).read_bytes() == CONTENT

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import iabn_hub
 from iabn_hub.checkpoints import CheckpointError
 from iabn_hub.checkpoints.export import save_safetensors
+from iabn_hub.checkpoints.fit import fit
 from iabn_hub.checkpoints.legacy import to_current
 
 from ..legacy_files import CLASSES, MODEL, a_small_network, save_legacy
@@ -93,14 +94,20 @@ def test_feature_extractor_takes_the_same_weights(tmp_path):
     [
         ({"mod2.block1.convs.bn9.weight": torch.ones(3)}, r"not expected: layer1\.0\.bn9\.weight"),
         ({"mod1.bn1.weight": torch.ones(5)}, r"misshapen: bn1\.weight is \(5,\), expected \(24,\)"),
-        ({"mod1.bn1.weight": 3.0}, r"not tensors: bn1\.weight is a float"),
+        ({"mod1.bn1.weight": torch.ones(24, dtype=torch.int8)}, r"bn1\.weight is torch\.strided torch\.int8"),
+        ({"mod1.bn1.weight": torch.ones(24).to_sparse()}, r"bn1\.weight is torch\.sparse_coo"),
+        (
+            {"module.mod1.bn1.weight": torch.ones(24), "conv1.weight": torch.ones(1)},
+            r"two of its keys mean conv1\.weight",
+        ),
+        ({"mod1.bn1.weight": 3.0}, r"not plain tensors: bn1\.weight is a float"),
     ],
 )
 def test_wrong_keys_are_named(tmp_path, changes, says):
     renamed = {f"module.{k}": v for k, v in changes.items()}
     path = save_legacy(tmp_path / "old.pth.tar", a_small_network(), **renamed)
     with pytest.raises(
-        CheckpointError, match=rf"old\.pth\.tar: these weights do not belong to test_resnet_iabn.*{says}"
+        CheckpointError, match=rf"old\.pth\.tar: cannot load test_resnet_iabn: these weights do not belong.*{says}"
     ):
         load(path)
 
@@ -115,7 +122,7 @@ def test_missing_keys_are_named_even_when_the_classifier_is_new(tmp_path):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     path = save_legacy(tmp_path / "old.pth.tar", a_small_network())
-    with pytest.raises(CheckpointError, match=r"do not belong to resnet50_iabn.*missing: .* more"):
+    with pytest.raises(CheckpointError, match=r"cannot load resnet50_iabn.*missing: .* more"):
         iabn_hub.create_model("resnet50_iabn", checkpoint=path)
 
 
@@ -137,15 +144,26 @@ def _truncated(path):
     path.write_bytes(whole[: len(whole) // 2])
 
 
+def _text(path):
+    path.write_text("hello world")
+
+
+def _page(path):
+    path.write_text("<!DOCTYPE html><html><title>Sign in</title></html>")
+
+
 def _list(path):
     torch.save([torch.ones(3)], path)
 
 
-@pytest.mark.parametrize("make", [_pickle, _torch_pickle, _truncated, _list, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "make", [_pickle, _torch_pickle, _truncated, _list, _text, _page, lambda p: p.write_bytes(b"")]
+)
 def test_file_without_plain_weights_is_refused_and_runs_nothing(tmp_path, make, capsys):
     make(tmp_path / "bad.pth.tar")
-    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar: (is not a file of weights|holds a list)"):
+    with pytest.raises(CheckpointError, match=r"bad\.pth\.tar: (is not a file of weights|holds a list)") as caught:
         load(tmp_path / "bad.pth.tar")
+    assert "weights_only" not in str(caught.value)
     assert "arbitrary code ran" not in capsys.readouterr().out
 
 
@@ -155,6 +173,33 @@ def test_truncated_safetensors_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors: is not a file of weights"):
         load(path)
+
+
+def test_own_number_of_input_channels_is_kept(tmp_path):
+    network = iabn_hub.create_model(MODEL, num_classes=CLASSES, in_chans=4)
+    torch.save(network.state_dict(), tmp_path / "four.pth")
+    assert torch.equal(load(tmp_path / "four.pth", in_chans=4).conv1.weight, network.conv1.weight)
+    with pytest.raises(CheckpointError, match=r"misshapen: conv1\.weight is \(24, 4, 7, 7\)"):
+        load(tmp_path / "four.pth", in_chans=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "unsigned"), [({"norm_layer": "abn"}, True), ({"signed_scale": True}, True), ({}, False)]
+)
+def test_negative_scales_are_not_read_another_way(options, unsigned):
+    state = a_small_network().state_dict()
+    network = iabn_hub.create_model(MODEL, num_classes=CLASSES, **options)
+    assert fit(state, network, unsigned=unsigned)
+    state["bn1.weight"][3] = -0.5
+    assert fit(state, network, unsigned=not unsigned)
+    with pytest.raises(CheckpointError, match=r"bn1 would read its negative scales"):
+        fit(state, network, unsigned=unsigned)
+
+
+@pytest.mark.parametrize("overlay", [{"file": ""}, {"url": "https://example.org/weights.pth"}])
+def test_other_sources_are_not_replaced_by_the_published_weights(overlay):
+    with pytest.raises(CheckpointError, match=r"is empty|weights are not loaded from a bare URL"):
+        timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def test_folder_of_a_training_run_loads(tmp_path):

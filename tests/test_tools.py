@@ -1,0 +1,69 @@
+"""The tools run from a checkout, write whole results, and refuse what cannot work."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import iabn_hub
+
+from .paths import ROOT
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Dark and bright pictures, which any network can tell apart."""
+    for part, count in (("train", 16), ("val", 4)):
+        for name, light in (("bright", 220), ("dark", 30)):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (40, 40), light + i % 8).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+def train(data, out, *more):
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), "test_resnet_iabn", str(data), "--out", str(out)]
+    command += ["--img-size", "32", "--epochs", "3", "--batch-size", "8", "--workers", "0", *more]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
+
+
+def test_training_learns_and_its_weights_load(data, tmp_path):
+    outcome = train(data, tmp_path / "run")
+    assert outcome.returncode == 0, outcome.stderr
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert report["classes"] == ["bright", "dark"]
+    assert report["result"]["top1"] == 100
+    assert report["result"]["images"] == 8
+    assert len(report["epochs"]) == 3
+    network = iabn_hub.create_model("test_resnet_iabn", num_classes=2, checkpoint=tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(value.equal(saved[name]) for name, value in network.state_dict().items())
+    again = train(data, tmp_path / "run")
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (("--crop-pct", "2"), 2, "--crop-pct is 2.0: it must be 0.1 to 1"),
+        (("--device", "toaster"), 1, "toaster"),
+        (("--batch-size", "64"), 1, "fewer images than one batch of 64"),
+    ],
+)
+def test_impossible_arguments_are_sentences(data, tmp_path, more, code, says):
+    outcome = train(data, tmp_path / "run", *more)
+    assert outcome.returncode == code
+    assert says in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_different_classes_are_named(data, tmp_path):
+    (data / "val" / "bright").rename(data / "val" / "brigth")
+    outcome = train(data, tmp_path / "run")
+    assert outcome.returncode == 1
+    assert "different classes: bright, brigth" in outcome.stderr
