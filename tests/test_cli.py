@@ -165,11 +165,8 @@ def test_checkpoint_named_by_the_caller_is_loaded(run, tmp_path):
     code, out, _ = run("classify", SAMPLES / "digit_3.png", "--checkpoint", path, "--json")
     assert code == 0
     assert json.loads(out)["images"][0]["predictions"][0]["label"] == "3"
-    for name, says in (
-        (tmp_path / "gone.pth", "gone.pth: there is no such file"),
-        ("", "is empty"),
-        ("x" * 5000, "xxx"),
-    ):
+    bad = {tmp_path / "gone.pth": "gone.pth: there is no such file", "": "is empty", "x" * 5000: "xxx"}
+    for name, says in bad.items():
         code, _, err = run("classify", SAMPLES / "digit_3.png", "--checkpoint", name)
         assert code == 1
         assert says in err

