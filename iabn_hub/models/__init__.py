@@ -12,14 +12,14 @@ from torch import nn
 
 from ..checkpoints.catalogue import records, records_at_import, suggest
 from ..checkpoints.errors import UnknownNameError
-from ..layers import InPlaceABN, InPlaceABNSync
+from ..layers import ABN, InPlaceABN, InPlaceABNSync
 from . import iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
 _logger = logging.getLogger(__name__)
 _FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
 ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
 
-for _layer in (InPlaceABN, InPlaceABNSync):
+for _layer in (ABN, InPlaceABN, InPlaceABNSync):
     register_notrace_module(_layer)
 
 for _record in records_at_import().values():
