@@ -20,6 +20,7 @@ from .checkpoints.errors import CheckpointError, UnknownNameError
 from .checkpoints.fetch import cached_files, fetch_checkpoint, local_file
 from .checkpoints.verify import is_verified, md5_of, recheck
 from .classify import DEFAULT_MODEL, SAMPLES, Classifier
+from .doctor import examine
 from .images import ImageError
 from .models import ARCHITECTURES, create_model
 
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("names", metavar="NAME", nargs="+", help="model or model.tag")
     any_ = command("verify", _verify, "Read cached checkpoints again and compare their md5 with the published one.")
     any_.add_argument("names", metavar="NAME", nargs="*", help="model or model.tag (default: all that are cached)")
+    command("doctor", _doctor, "Show which kernels the layer uses here and why, and check that they compute the same.")
     classify = command("classify", _classify, "Name what is in images.")
     classify.add_argument("images", metavar="IMAGE", nargs="*", help="image files (default: the bundled samples)")
     classify.add_argument("--model", metavar="NAME[.TAG]", help="default: the bundled test network, which reads digits")
@@ -218,6 +220,22 @@ def _verify(arguments: argparse.Namespace) -> int:
             hint = f"; 'iabn-hub fetch {row['name']}' gets it" if row["status"] != "ok" else ""
             print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
     return OK if all(row["status"] == "ok" for row in rows) else FAILED
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    facts = examine()
+    if arguments.json:
+        _print_json(facts)
+    else:
+        print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+        for key in ("machine", "threads", "instruction_sets", "compiler", "ninja", "nvcc", "cache_folder"):
+            value = facts[key]
+            print(f"  {key:<17} {', '.join(value) if isinstance(value, list) else value}")
+        for name, device in facts["devices"].items():
+            print(f"{name}: {device['backend']} kernels, {device['reason']}")
+            for key in ("library", "self_check"):
+                print(f"  {key:<17} {device[key]}")
+    return OK if facts["healthy"] else FAILED
 
 
 def _classify(arguments: argparse.Namespace) -> int:

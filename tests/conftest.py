@@ -1,15 +1,21 @@
 """Every test runs offline in folders of its own, whatever the caller's environment says."""
 
 import os
+import tempfile
 
 import pytest
 import torch
+
+# Kernels are built once for all tests of a run, never into the caller's cache.
+KERNELS = tempfile.TemporaryDirectory(prefix="iabn_hub-kernels-")
+os.environ["IABN_HUB_BUILD_DIR"] = KERNELS.name
+KEPT = ("IABN_HUB_BUILD_DIR", "IABN_HUB_BACKEND")
 
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch, tmp_path):
     for name in os.environ:
-        if name.startswith(("IABN_HUB_", "HF_")):
+        if name.startswith(("IABN_HUB_", "HF_")) and name not in KEPT:
             monkeypatch.delenv(name)
     monkeypatch.setenv("IABN_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import distributed, ops
-from .activations import invertible_activation
+from . import distributed, ops, reference
+from .activations import IDENTITY, gradient, invertible_activation
+from .extension import use_native
 
 
 def inplace_abn(
@@ -119,28 +120,44 @@ def _forward(
     if residual is not None:
         residual = residual.to(x.dtype)
 
+    if not torch.compiler.is_compiling():
+        use_native(x.device.type)
+
+    options = (eps, act, activation_param, signed_scale)
     values = x.numel() // max(1, x.size(1))  # per channel
-    count: int | Tensor = values
-    if training:
-        if values == 1 and peers.count == 1:
-            raise one_value_per_channel(x)
-        with torch.no_grad():
-            mean, var = ops.statistics(x.detach())
-            if peers.count > 1:
-                mean, var, count = peers.merge_statistics(mean, var, values)
-            if running_mean is not None and running_var is not None:
-                _track(running_mean, running_var, mean, var, count, momentum)
-    elif running_mean is None or running_var is None:
-        raise ValueError("eval mode needs running_mean and running_var; pass training=True to use the batch instead")
-    else:
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "eval mode needs running_mean and running_var; pass training=True to use the batch instead"
+            )
         # Copies of (C,): the running statistics may move on before the backward pass.
         mean, var = running_mean.clone(), running_var.clone()
-
-    y: Tensor = _InPlaceABN.apply(
-        x, weight, bias, residual, mean, var, count if training else None,
-        (eps, act, activation_param, signed_scale), inplace, peers,
-    )  # fmt: skip
+        given: Tensor = _Normalize.apply(x, weight, bias, residual, mean, var, None, options, inplace, peers)
+        return given
+    if values == 1 and peers.count == 1:
+        raise one_value_per_channel(x)
+    y: Tensor
+    count: int | Tensor = values
+    if peers.count == 1 and not torch.compiler.is_compiling():
+        # autograd lets a function that overwrites a view return one tensor only: the statistics come out in a list.
+        found: list[Tensor] = []
+        y = _BatchNormalize.apply(x, weight, bias, residual, options, inplace, found)
+        mean, var = found
+    else:
+        with torch.no_grad():
+            mean, var = kernels().statistics(x.detach())
+            if peers.count > 1:
+                mean, var, count = peers.merge_statistics(mean, var, values)
+        y = _Normalize.apply(x, weight, bias, residual, mean, var, count, options, inplace, peers)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            _track(running_mean, running_var, mean, var, count, momentum)
     return y
+
+
+def kernels() -> Any:
+    """The operators; while a compiler is tracing, the formulas behind them, so that it can fuse them."""
+    return reference if torch.compiler.is_compiling() else ops
 
 
 def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor | None) -> None:
@@ -202,8 +219,67 @@ def _track(
         running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))
 
 
-class _InPlaceABN(torch.autograd.Function):
-    """From x and the statistics to y; its gradients are those of the whole layer, statistics included."""
+class _BatchNormalize(torch.autograd.Function):
+    """A training step of one process: from x to y and its statistics, whose part in the gradient is in that of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: tuple[float, int, float, bool],
+        inplace: bool,
+        found: list[Tensor],
+    ) -> Tensor:
+        if inplace:
+            mean, var = kernels().batch_normalize_(x, weight, bias, residual, *options)
+            ctx.mark_dirty(x)
+            y = x
+        else:
+            y, mean, var = kernels().batch_normalize(x, weight, bias, residual, *options)
+        found.extend((mean, var))
+        ctx.save_for_backward(y, weight, bias, residual, var)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, residual, var = ctx.saved_tensors
+        want_x, _want_weight, _want_bias, want_residual = ctx.needs_input_grad[:4]
+        recover = (weight, bias, residual, *ctx.options)
+        want_dz = want_residual and ctx.options[1] != IDENTITY
+        if want_x:
+            dx, dz, *sums = kernels().batch_gradient(y, dy, var, want_dz, *recover)
+        else:
+            dx, dz = None, gradient(y, dy, *ctx.options[1:3]) if want_dz else None
+            sums = kernels().gradient_sums(y, dy, *recover)
+        return dx, *_affine_gradients(ctx, weight, bias, *sums), _residual_gradient(ctx, dy, dz), *(None,) * 3
+
+
+def _affine_gradients(
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, sum_dz: Tensor, sum_dz_xhat: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    d_weight = d_bias = None
+    if weight is not None and ctx.needs_input_grad[1]:
+        # dγ/dw is sign(w) with sign(0) = +1; the signed scale grows with w everywhere.
+        d_weight = sum_dz_xhat if ctx.options[3] else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
+        d_weight = d_weight.to(weight.dtype)
+    if bias is not None and ctx.needs_input_grad[2]:
+        d_bias = sum_dz.to(bias.dtype)
+    return d_weight, d_bias
+
+
+def _residual_gradient(ctx: Any, dy: Tensor, dz: Tensor | None) -> Tensor | None:
+    if not ctx.needs_input_grad[3]:
+        return None
+    return dy if ctx.options[1] == IDENTITY else dz
+
+
+class _Normalize(torch.autograd.Function):
+    """From x and given statistics to y: those of eval mode (`count` None), or of `count` values per channel."""
 
     @staticmethod
     def forward(
@@ -220,11 +296,11 @@ class _InPlaceABN(torch.autograd.Function):
         peers: distributed.Peers,
     ) -> Tensor:
         if inplace:
-            ops.normalize_(x, mean, var, weight, bias, residual, *options)
+            kernels().normalize_(x, mean, var, weight, bias, residual, *options)
             ctx.mark_dirty(x)
             y = x
         else:
-            y = ops.normalize(x, mean, var, weight, bias, residual, *options)
+            y = kernels().normalize(x, mean, var, weight, bias, residual, *options)
         ctx.save_for_backward(y, weight, bias, residual, var, count if isinstance(count, Tensor) else None)
         ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
         return y
@@ -234,29 +310,16 @@ class _InPlaceABN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, residual, var, count = ctx.saved_tensors
         count = ctx.count if count is None else count
-        training = count is not None
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
         recover = (weight, bias, residual, *ctx.options)
-        dx = d_weight = d_bias = d_residual = mean_dz = mean_dz_xhat = None
-
-        if want_weight or want_bias or (want_x and training):
-            sum_dz, sum_dz_xhat = ops.gradient_sums(y, dy, *recover)
-            if want_bias:
-                d_bias = sum_dz.to(bias.dtype)
-            if want_weight:
-                signed_scale = ctx.options[3]
-                # dγ/dw is sign(w) with sign(0) = +1; the signed scale grows with w everywhere.
-                d_weight = sum_dz_xhat if signed_scale else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
-                d_weight = d_weight.to(weight.dtype)
-            if want_x and training:
-                if ctx.peers.count > 1:
-                    sum_dz, sum_dz_xhat = ctx.peers.add(sum_dz, sum_dz_xhat)
-                share = 1 / count if isinstance(count, Tensor) else 1 / max(1, count)
-                mean_dz, mean_dz_xhat = sum_dz * share, sum_dz_xhat * share
-
+        d_weight = d_bias = dx = dz = mean_dz = mean_dz_xhat = None
+        if want_weight or want_bias or (want_x and count is not None):
+            sums = kernels().gradient_sums(y, dy, *recover)
+            d_weight, d_bias = _affine_gradients(ctx, weight, bias, *sums)
+            if want_x and count is not None:
+                sums = ctx.peers.add(*sums) if ctx.peers.count > 1 else sums
+                mean_dz, mean_dz_xhat = (total / count for total in sums)
         if want_x or want_residual:
-            identity = ctx.options[1] == 0
-            dx, dz = ops.input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_residual and not identity, *recover)
-            if want_residual:
-                d_residual = dy if identity else dz
-        return dx, d_weight, d_bias, d_residual, None, None, None, None, None, None
+            want_dz = want_residual and ctx.options[1] != IDENTITY
+            dx, dz = kernels().input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_dz, *recover)
+        return dx, d_weight, d_bias, _residual_gradient(ctx, dy, dz), *(None,) * 6

@@ -47,9 +47,9 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 #   mean, var     (C,)       any floating dtype
 #   weight, bias  (C,)       any floating dtype
 # `normalize` writes a new tensor, `normalize_` overwrites x.
-_NORMALIZE = f"Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, {_SCALE_AND_ACTIVATION}"
-lib.define(f"normalize(Tensor x, {_NORMALIZE}) -> Tensor")
-lib.define(f"normalize_(Tensor(a!) x, {_NORMALIZE}) -> ()")
+_AFFINE = f"Tensor? weight, Tensor? bias, Tensor? residual, {_SCALE_AND_ACTIVATION}"
+lib.define(f"normalize(Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> Tensor")
+lib.define(f"normalize_(Tensor(a!) x, Tensor mean, Tensor var, {_AFFINE}) -> ()")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::normalize", lib=lib)
@@ -63,12 +63,28 @@ def _(x: Tensor, *args: object) -> None:
     _check_activation_shape(x)
 
 
+# The two above in one, for a training step: the statistics of x, then y from x and them.
+lib.define(f"batch_normalize(Tensor x, {_AFFINE}) -> (Tensor y, Tensor mean, Tensor var)")
+lib.define(f"batch_normalize_(Tensor(a!) x, {_AFFINE}) -> (Tensor mean, Tensor var)")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::batch_normalize", lib=lib)
+def _(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    _check_activation_shape(x)
+    return torch.empty_like(x), _per_channel(x), _per_channel(x)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::batch_normalize_", lib=lib)
+def _(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    _check_activation_shape(x)
+    return _per_channel(x), _per_channel(x)
+
+
 # First pass of the backward: with dz = dy·act'(z) and x̂ = (act⁻¹(y) - residual - β)/γ,
 #   sum_dz       (C,)  Σ dz      the gradient of β
 #   sum_dz_xhat  (C,)  Σ dz·x̂   the gradient of γ
 #   y, dy        (N, C, *)  output and its gradient
-_RECOVER = f"Tensor? weight, Tensor? bias, Tensor? residual, {_SCALE_AND_ACTIVATION}"
-lib.define(f"gradient_sums(Tensor y, Tensor dy, {_RECOVER}) -> (Tensor sum_dz, Tensor sum_dz_xhat)")
+lib.define(f"gradient_sums(Tensor y, Tensor dy, {_AFFINE}) -> (Tensor sum_dz, Tensor sum_dz_xhat)")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::gradient_sums", lib=lib)
@@ -83,7 +99,7 @@ def _(y: Tensor, dy: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 #   dx                     (N, C, *)  a new tensor with dtype and strides of y
 #   dz                     (N, C, *)  the gradient of the residual, or (0,) unless `want_dz`
 lib.define(
-    f"input_gradient(Tensor y, Tensor dy, Tensor var, Tensor? mean_dz, Tensor? mean_dz_xhat, bool want_dz, {_RECOVER})"
+    f"input_gradient(Tensor y, Tensor dy, Tensor var, Tensor? mean_dz, Tensor? mean_dz_xhat, bool want_dz, {_AFFINE})"
     " -> (Tensor dx, Tensor dz)"
 )
 
@@ -96,8 +112,25 @@ def _(
     return torch.empty_like(y), torch.empty_like(y) if want_dz else y.new_empty(0)
 
 
+# Both passes in one, for a training step of one process.
+lib.define(
+    f"batch_gradient(Tensor y, Tensor dy, Tensor var, bool want_dz, {_AFFINE})"
+    " -> (Tensor dx, Tensor dz, Tensor sum_dz, Tensor sum_dz_xhat)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::batch_gradient", lib=lib)
+def _(y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, *a: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_activation_shape(y)
+    dz = torch.empty_like(y) if want_dz else y.new_empty(0)
+    return torch.empty_like(y), dz, _per_channel(y), _per_channel(y)
+
+
 statistics = torch.ops.iabn_hub.statistics
 normalize = torch.ops.iabn_hub.normalize
 normalize_ = torch.ops.iabn_hub.normalize_
+batch_normalize = torch.ops.iabn_hub.batch_normalize
+batch_normalize_ = torch.ops.iabn_hub.batch_normalize_
 gradient_sums = torch.ops.iabn_hub.gradient_sums
 input_gradient = torch.ops.iabn_hub.input_gradient
+batch_gradient = torch.ops.iabn_hub.batch_gradient

@@ -6,7 +6,7 @@ allocates besides its result stays below a few times SLAB_BYTES (or one channel,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from .ops import accumulate_dtype, lib
 SLAB_BYTES = 4 << 20  # of the accumulate dtype: small beside any activation worth saving, large beside call overhead
 
 
-def _slabs(x: Tensor) -> Iterator[slice]:
+def _slabs(x: Tensor) -> Iterable[slice]:
+    if torch.compiler.is_compiling():
+        return (slice(None),)  # traced as one formula over the whole tensor, which Inductor fuses
     channels = x.size(1)
     per_channel = max(1, x.numel() // max(1, channels)) * accumulate_dtype(x.dtype).itemsize
     step = max(1, SLAB_BYTES // per_channel)
@@ -87,6 +89,17 @@ def normalize_(x: Tensor, *args: object) -> None:
     _normalize_into(x, x, *args)  # type: ignore[arg-type]
 
 
+def batch_normalize(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = statistics(x)
+    return normalize(x, mean, var, *args), mean, var
+
+
+def batch_normalize_(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    mean, var = statistics(x)
+    normalize_(x, mean, var, *args)
+    return mean, var
+
+
 def _recover(
     y: Tensor,
     dy: Tensor,
@@ -154,5 +167,17 @@ def input_gradient(
     return dx, dz_out
 
 
-for _kernel in (statistics, normalize, normalize_, gradient_sums, input_gradient):
+def batch_gradient(
+    y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, *recover: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sum_dz, sum_dz_xhat = gradient_sums(y, dy, *recover)
+    count = max(1, y.numel() // max(1, y.size(1)))
+    means = (sum_dz / count, sum_dz_xhat / count)
+    return (*input_gradient(y, dy, var, *means, want_dz, *recover), sum_dz, sum_dz_xhat)  # type: ignore[arg-type]
+
+
+for _kernel in (
+    statistics, normalize, normalize_, batch_normalize, batch_normalize_,
+    gradient_sums, input_gradient, batch_gradient,
+):  # fmt: skip
     lib.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")

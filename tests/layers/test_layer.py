@@ -425,6 +425,9 @@ def test_operators_keep_their_contracts(activation, bare):
         (ops.statistics, (x,)),
         (ops.normalize, (x, mean, var, *recover)),
         (ops.normalize_, (x.clone(), mean, var, *recover)),
+        (ops.batch_normalize, (x, *recover)),
+        (ops.batch_normalize_, (x.clone(), *recover)),
+        (ops.batch_gradient, (y, dy, var, True, *recover)),
         (ops.gradient_sums, (y, dy, *recover)),
         (ops.input_gradient, (y, dy, var, mean, mean, True, *recover)),
         (ops.input_gradient, (y, dy, var, None, None, False, *recover)),
@@ -461,6 +464,22 @@ def test_compiled_network_keeps_no_more_and_computes_the_same(options):
         torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     for (name, ours), theirs in zip(eager.named_buffers(), compiled_from.buffers()):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_compiled_network_takes_any_batch_and_mode():
+    eager = _Small()
+    compiled_from = copy.deepcopy(eager)
+    compiled = torch.compile(compiled_from, fullgraph=True, dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for mode in (True, False):
+        eager.train(mode)
+        compiled.train(mode)
+        for batch in (2, 3, 5, 7):
+            x = torch.randn(batch, 3, 16, 16)
+            torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "one graph per mode serves every batch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(torch.randn(4, 3, 16, 16)).dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

@@ -1,0 +1,68 @@
+// What the kernels of every device share: the activations, their inverses, and the formulas of one element.
+//
+//   z = γ·x̂ + β [+ r],   y = act(z)                                   forward
+//   x̂ = (act⁻¹(y) − r − β)/γ,   dz = dy·act'(z)                       recovered from the output
+//   dx = γ/σ·(dz − mean(dz) − x̂·mean(dz·x̂))                          backward
+//
+// The contracts of the operators stand in iabn_hub/layers/ops.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define IABN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define IABN_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace iabn {
+
+enum class Activation : int64_t { identity = 0, leaky_relu = 1, elu = 2 };  // as in layers/activations.py
+
+// Three functions of one element, or of a vector of elements. `param` is the negative slope or alpha, `inverse` its
+// reciprocal, and `lowest` the z that stands for a saturated ELU, whose stored value has no finite inverse.
+template <Activation activation, typename T>
+struct Act {
+  T param, inverse, lowest;
+
+  IABN_HOST_DEVICE T forward(T z) const {
+    if constexpr (activation == Activation::leaky_relu) return z < T(0) ? z * param : z;
+    if constexpr (activation == Activation::elu) return z < T(0) ? param * std::expm1(z) : z;
+    return z;
+  }
+  template <typename V>
+  IABN_HOST_DEVICE V invert(V y) const {
+    if constexpr (activation == Activation::leaky_relu) return y < 0 ? y * inverse : y;
+    if constexpr (activation == Activation::elu) {
+      if constexpr (sizeof(V) == sizeof(T)) {
+        T z = y < T(0) ? T(std::log1p(y * inverse)) : y;
+        return z < lowest ? lowest : z;
+      } else {
+        for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) y[i] = invert(T(y[i]));
+      }
+    }
+    return y;
+  }
+  template <typename V>
+  IABN_HOST_DEVICE V gradient(V y, V dy) const {
+    if constexpr (activation == Activation::leaky_relu) return y < 0 ? dy * param : dy;
+    if constexpr (activation == Activation::elu) return y < 0 ? dy * (y + param) : dy;
+    return dy;
+  }
+};
+
+// Count, mean and sum of squared distances of a set of values; merging two sets is Chan, Golub and LeVeque (1979).
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+
+  IABN_HOST_DEVICE void merge(double n, double other_mean, double other_m2) {
+    if (n == 0) return;
+    double total = count + n, delta = other_mean - mean, share = n / total;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+
+}  // namespace iabn

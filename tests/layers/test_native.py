@@ -1,0 +1,134 @@
+"""The native kernels compute what the reference kernels compute, on any tensor and any number of threads."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iabn_hub.layers import extension, ops, reference
+from iabn_hub.layers.activations import gradient, invert
+
+from .test_layer import LAYOUTS, in_layout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native():
+    if os.environ.get("IABN_HUB_BACKEND") == "reference":
+        pytest.skip("IABN_HUB_BACKEND=reference: there is nothing to compare with")
+    if extension.use_native("cpu").backend != "native":
+        pytest.skip(f"no native kernels here: {extension.use_native('cpu').reason}")
+
+
+# Error allowed, relative to the largest value: rounding in the stored dtype, and of sums in float32.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SCALES = [0.0, 1e-3, 0.5, 1.0, 3.0, -0.7, -2.0]
+
+
+def assert_same(ours, theirs, tolerance, sizes=None):
+    """Equal but for `tolerance` times a size per channel: that of the terms, where the values themselves cancel."""
+    ours, theirs = ((v,) if isinstance(v, torch.Tensor) else v for v in (ours, theirs))
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        error = (a.double() - b.double()).abs()
+        size = b.double().abs().max() if sizes is None else sizes[i] if isinstance(sizes, tuple) else sizes
+        if error.dim() > 1 and size.dim() == 1:
+            size = size.view(1, -1, *[1] * (error.dim() - 2))
+        assert (error <= tolerance * size).all(), f"result {i}: {(error / size).max():.1e} of the size of its terms"
+
+
+def per_channel(values):
+    return values.double().abs().transpose(0, 1).flatten(1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(2, 70), st.integers(1, 40)),
+        st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(2, 70)),
+        st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(2, 9)),
+        st.tuples(st.integers(1, 2), st.sampled_from([16, 64, 520]), st.integers(3, 40), st.just(1)),
+        st.tuples(st.just(1), st.integers(1, 3), st.just(90), st.just(90)),
+        st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 3), st.integers(2, 3), st.integers(1, 3)),
+    ),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    layouts=st.tuples(*[st.sampled_from([*LAYOUTS, "expanded"])] * 3),
+    activation=st.sampled_from([(0, 0.01), (1, 0.01), (1, 0.3), (2, 1.0), (2, 0.5)]),
+    flags=st.tuples(*[st.booleans()] * 3),
+    distribution=st.sampled_from([(0.0, 1.0), (100.0, 1.0), (0.0, 1e-3), (-3.0, 1e3)]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_every_operator_agrees_with_the_reference(shape, dtype, layouts, activation, flags, distribution, seed):
+    torch.manual_seed(seed)
+    affine, joined, signed = flags
+    mean, std = distribution
+    x, residual, dy = (
+        torch.randn(shape[:2] + (1,) * (len(shape) - 2)).to(dtype).expand(shape)
+        if layout == "expanded" and k > 0
+        else in_layout((torch.randn(shape, dtype=torch.float64) * s + m).to(dtype), layout)
+        for k, (layout, m, s) in enumerate(zip(layouts, (mean, 0, 0), (std, 1, 1)))
+    )
+    weight = torch.tensor(SCALES)[torch.randint(len(SCALES), shape[1:2])] if affine else None
+    bias = torch.randn(shape[1]) if affine else None
+    options = (weight, bias, residual if joined else None, 1e-5, *activation, signed)
+    tolerance = TOLERANCE[dtype]
+    loose = max(tolerance, 1e-12 if dtype == torch.float64 else 2e-6)
+
+    statistics = reference.statistics(x)
+    mean, var = (v.double() for v in statistics)
+    scale = per_channel(x).amax(1)
+    assert_same(ops.statistics(x), statistics, 10 * loose, sizes=(scale, var + 1e-6 * mean.square()))
+    y = reference.normalize(x, *statistics, *options)
+    assert_same(ops.normalize(x, *statistics, *options), y, tolerance)
+    overwritten = in_layout(x, layouts[0])
+    ops.normalize_(overwritten, *statistics, *options)
+    assert torch.equal(overwritten, ops.normalize(x, *statistics, *options))
+    *_, fused_mean, fused_var = ops.batch_normalize(x, *options)
+    assert_same((fused_mean, fused_var), statistics, 10 * loose, sizes=(scale, var + 1e-6 * mean.square()))
+    assert_same(ops.batch_normalize(x, *options)[0], ops.normalize(x, fused_mean, fused_var, *options), 10 * loose)
+
+    dz = per_channel(gradient(y, dy, *activation))
+    gamma = torch.ones(()) if weight is None else reference.effective_scale(weight, 1e-5, signed).abs()
+    # x̂ is the difference of these, over γ: what it may be off by goes with their size, not with its own.
+    terms = per_channel(invert(y, *activation, torch.finfo(dtype).eps)).amax(1)
+    terms = (terms + (bias.abs() if affine else 0) + (per_channel(residual).amax(1) if joined else 0)) / gamma
+    summed = (dz.sum(1), dz.sum(1) * terms)
+    sums = reference.gradient_sums(y, dy, *options)
+    assert_same(ops.gradient_sums(y, dy, *options), sums, loose, sizes=summed)
+    means = tuple(s / (y.numel() // shape[1]) for s in sums)
+    size = gamma / (var + 1e-5).sqrt() * dz.amax(1) * (1 + terms.square())
+    arguments = (y, dy, statistics[1], *means, True, *options)
+    assert_same(
+        ops.input_gradient(*arguments), reference.input_gradient(*arguments), tolerance, sizes=(size, dz.amax(1))
+    )
+    arguments = (y, dy, statistics[1], None, None, False, *options)
+    assert_same(ops.input_gradient(*arguments)[0], reference.input_gradient(*arguments)[0], tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 200, 200), (4, 64, 40, 40), (2, 2, 300, 300), (40000, 24)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_threads_change_rounding_only(shape, layout):
+    x, dy = (in_layout(torch.randn(shape), layout) for _ in range(2))
+    options = (torch.randn(shape[1]), torch.randn(shape[1]), None, 1e-5, 1, 0.01, True)
+    usual = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            y, mean, var = ops.batch_normalize(x, *options)
+            results.append((y, mean, var, *ops.batch_gradient(y, dy, var, True, *options)))
+    finally:
+        torch.set_num_threads(usual)
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2]))
+    for one, two in zip(results[0], results[1]):
+        assert_same(one, two, 1e-5, sizes=one.double().abs().max() + 1)
+
+
+def test_fused_backward_is_both_passes():
+    x, dy, residual = (torch.randn(4, 24, 9, 9) for _ in range(3))
+    options = (torch.randn(24), torch.randn(24), residual, 1e-5, 1, 0.01, False)
+    y, _, var = ops.batch_normalize(x, *options)
+    sums = ops.gradient_sums(y, dy, *options)
+    apart = ops.input_gradient(y, dy, var, *(s / (4 * 81) for s in sums), True, *options)
+    assert_same(ops.batch_gradient(y, dy, var, True, *options), (*apart, *sums), 1e-6)
