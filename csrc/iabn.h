@@ -26,9 +26,13 @@ template <Activation activation, typename T>
 struct Act {
   T param, inverse, lowest;
 
-  IABN_HOST_DEVICE T forward(T z) const {
-    if constexpr (activation == Activation::leaky_relu) return z < T(0) ? z * param : z;
-    if constexpr (activation == Activation::elu) return z < T(0) ? param * std::expm1(z) : z;
+  template <typename V>
+  IABN_HOST_DEVICE V forward(V z) const {
+    if constexpr (activation == Activation::leaky_relu) return z < 0 ? z * param : z;
+    if constexpr (activation == Activation::elu) {
+      if constexpr (sizeof(V) == sizeof(T)) return z < T(0) ? T(param * std::expm1(z)) : z;
+      else for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) z[i] = forward(T(z[i]));
+    }
     return z;
   }
   template <typename V>

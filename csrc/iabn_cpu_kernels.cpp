@@ -172,153 +172,181 @@ template <typename T>
 alignas(64) constexpr T kNothing[kBlock] = {};
 
 // ---- one run -------------------------------------------------------------------------------------------------------
-// Tensors are read and written in their own format F, the residual in the accumulate type T. `lane` picks the
-// per-channel value of element i: its own when a run goes along the channels, else the only one.
+// Tensors are read and written in their own format F, the residual in the accumulate type T. Each formula stands once,
+// for a vector of elements or for a single one: `V` is either.
 
 template <typename F>
 using Stored = typename F::type;
 
-template <bool along, typename T>
-T lane(const T* v, int64_t i) {
-  return along ? v[i] : v[0];
+typedef u16 NarrowLanes __attribute__((vector_size(kVector / 2)));
+typedef uint32_t BitLanes __attribute__((vector_size(kVector)));
+
+template <typename V, typename P>
+V read(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// One element or one vector of a tensor, from p on.
+template <typename V, typename F>
+V get(const Stored<F>* p) {
+  if constexpr (F::is_wide) {
+    return read<V>(p);
+  } else if constexpr (sizeof(V) == sizeof(float)) {
+    return F::widen(*p);
+  } else {
+    static_assert(F::dtype == Dtype::bf16);
+    BitLanes bits = __builtin_convertvector(read<NarrowLanes>(p), BitLanes) << 16;
+    return read<V>(&bits);
+  }
+}
+
+template <typename V, typename F>
+void put(Stored<F>* p, V v) {
+  if constexpr (F::is_wide) {
+    std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (sizeof(V) == sizeof(float)) {
+    *p = F::narrow(v);
+  } else {
+    BitLanes u = read<BitLanes>(&v);
+    BitLanes rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // as BFloat16::narrow
+    BitLanes out = (u & 0x7fffffff) > 0x7f800000 ? BitLanes{} + 0x7fc0 : rounded;
+    NarrowLanes narrow = __builtin_convertvector(out, NarrowLanes);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  }
+}
+
+// The per-channel values of elements i on: their own when a run goes along the channels, else the only one.
+template <typename V, bool along, typename T>
+auto lane(const T* v, int64_t i) {
+  if constexpr (along) return read<V>(v + i);
+  else return v[0];
+}
+
+// Calls f(V{}, i) for whole vectors of n elements, then for the elements that are left over.
+template <typename T, typename F>
+void for_lanes(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) f(Lanes<T>{}, i);
+  for (; i < n; ++i) f(T{}, i);
 }
 
 template <bool along, typename F, typename T, typename A>
 void normalize_run(int64_t n, const Stored<F>* x, const T* r, Stored<F>* y, const Channels<T>& c, A act) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    T z = (F::widen(x[i]) - lane<along>(c.mean, i)) * lane<along>(c.scale, i) + lane<along>(c.bias, i) + r[i];
-    y[i] = F::narrow(act.forward(z));
-  }
+  for_lanes<T>(n, [=](auto zero, int64_t i) {
+    using V = decltype(zero);
+    V centred = get<V, F>(x + i) - lane<V, along>(c.mean, i);
+    V z = centred * lane<V, along>(c.scale, i) + lane<V, along>(c.bias, i) + read<V>(r + i);
+    put<V, F>(y + i, act.forward(z));
+  });
 }
 
-template <bool along, typename F, typename T, typename A>
-void recover(int64_t i, const Stored<F>* y, const Stored<F>* dy, const T* r, const Channels<T>& c, A act, T& dz,
-             T& xhat) {
-  T wide = F::widen(y[i]);
-  dz = act.gradient(wide, F::widen(dy[i]));
-  xhat = (act.invert(wide) - r[i] - lane<along>(c.bias, i)) * lane<along>(c.inverse, i);
-}
+template <typename V>
+struct Recovered {
+  V dz, xhat;
+};
 
-// One vector of values from p on.
-template <typename F, typename T>
-Lanes<T> lanes_at(const Stored<F>* p) {
-  Lanes<T> v;
-  if constexpr (F::is_wide) {
-    std::memcpy(&v, p, sizeof(v));
-  } else {
-    typedef u16 Narrow __attribute__((vector_size(kVector / 2)));
-    typedef uint32_t Bits __attribute__((vector_size(kVector)));
-    Narrow narrow;
-    std::memcpy(&narrow, p, sizeof(narrow));
-    Bits bits = __builtin_convertvector(narrow, Bits) << 16;  // BFloat16::widen
-    std::memcpy(&v, &bits, sizeof(v));
-  }
-  return v;
+template <typename V, bool along, typename F, typename T, typename A>
+Recovered<V> recover(int64_t i, const Stored<F>* y, const Stored<F>* dy, const T* r, const Channels<T>& c, A act) {
+  V out = get<V, F>(y + i);
+  V dz = act.gradient(out, get<V, F>(dy + i));
+  V xhat = (act.invert(out) - read<V>(r + i) - lane<V, along>(c.bias, i)) * lane<V, along>(c.inverse, i);
+  return {dz, xhat};
 }
 
 // Adds dz and dz·x̂ of element i to sums[i] and products[i].
 template <typename F, typename T, typename A>
-void sum_row(int64_t n, const Stored<F>* __restrict y, const Stored<F>* __restrict dy, const T* __restrict r,
-             const Channels<T>& c, A act, T* __restrict sums, T* __restrict products) {
-  for (int64_t i = 0; i < n; ++i) {
-    T dz, xhat;
-    recover<true, F>(i, y, dy, r, c, act, dz, xhat);
-    sums[i] += dz;
-    products[i] += dz * xhat;
-  }
+void sum_row(int64_t n, const Stored<F>* y, const Stored<F>* dy, const T* r, const Channels<T>& c, A act, T* sums,
+             T* products) {
+  for_lanes<T>(n, [=](auto zero, int64_t i) {
+    using V = decltype(zero);
+    Recovered<V> v = recover<V, true, F>(i, y, dy, r, c, act);
+    put<V, Wide<T>>(sums + i, read<V>(sums + i) + v.dz);
+    put<V, Wide<T>>(products + i, read<V>(products + i) + v.dz * v.xhat);
+  });
 }
 
-// Adds the elements of kAtOnce vectors.
-template <typename T>
-double total_of(const Lanes<T>* v) {
-  Lanes<T> sum = (v[0] + v[1]) + (v[2] + v[3]);
-  double total = 0;
-  for (int j = 0; j < kLanes<T>; ++j) total += sum[j];
-  return total;
+// Adds v − shift and (v − shift)² to element i of `sums` and `squares`.
+template <typename F, typename T>
+void add_row(int64_t n, const Stored<F>* x, const T* shift, T* sums, T* squares) {
+  for_lanes<T>(n, [=](auto zero, int64_t i) {
+    using V = decltype(zero);
+    V d = get<V, F>(x + i) - read<V>(shift + i);
+    put<V, Wide<T>>(sums + i, read<V>(sums + i) + d);
+    put<V, Wide<T>>(squares + i, read<V>(squares + i) + d * d);
+  });
+}
+
+// Σ of two quantities over a run, kAtOnce vectors at a time; `value` gives both for elements i on.
+template <typename T, typename F>
+void add_run(int64_t n, F&& value, double total[2]) {
+  Lanes<T> first[kAtOnce] = {}, second[kAtOnce] = {};
+  int64_t i = 0;
+  for (; i + kAtOnce * kLanes<T> <= n; i += kAtOnce * kLanes<T>) {
+    for (int k = 0; k < kAtOnce; ++k) {
+      auto [a, b] = value(Lanes<T>{}, i + k * kLanes<T>);
+      first[k] += a;
+      second[k] += b;
+    }
+  }
+  T rest[2] = {0, 0};
+  for (; i < n; ++i) {
+    auto [a, b] = value(T{}, i);
+    rest[0] += a;
+    rest[1] += b;
+  }
+  Lanes<T> one = (first[0] + first[1]) + (first[2] + first[3]);
+  Lanes<T> two = (second[0] + second[1]) + (second[2] + second[3]);
+  double sums[2] = {rest[0], rest[1]};
+  for (int j = 0; j < kLanes<T>; ++j) sums[0] += one[j], sums[1] += two[j];
+  total[0] += sums[0], total[1] += sums[1];
 }
 
 // Adds Σdz and Σdz·x̂ of a run of one channel to total[0] and total[1].
 template <typename F, typename T, typename A>
 void sum_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const T* r, const Channels<T>& c, A act,
              double total[2]) {
-  Lanes<T> sums[kAtOnce] = {}, products[kAtOnce] = {};
-  const T bias = c.bias[0], inverse = c.inverse[0];
-  int64_t i = 0;
-  for (; i + kAtOnce * kLanes<T> <= n; i += kAtOnce * kLanes<T>) {
-    for (int k = 0; k < kAtOnce; ++k) {
-      int64_t at = i + k * kLanes<T>;
-      Lanes<T> out = lanes_at<F, T>(y + at);
-      Lanes<T> dz = act.gradient(out, lanes_at<F, T>(dy + at));
-      sums[k] += dz;
-      products[k] += dz * ((act.invert(out) - lanes_at<Wide<T>, T>(r + at) - bias) * inverse);
-    }
-  }
-  T rest[2] = {0, 0};
-  for (; i < n; ++i) {
-    T dz, xhat;
-    recover<false, F>(i, y, dy, r, c, act, dz, xhat);
-    rest[0] += dz;
-    rest[1] += dz * xhat;
-  }
-  total[0] += total_of<T>(sums) + rest[0];
-  total[1] += total_of<T>(products) + rest[1];
+  add_run<T>(n, [=](auto zero, int64_t i) {
+    using V = decltype(zero);
+    Recovered<V> v = recover<V, false, F>(i, y, dy, r, c, act);
+    return Recovered<V>{v.dz, v.dz * v.xhat};
+  }, total);
+}
+
+// Σ(v − shift) and Σ(v − shift)² of n values.
+template <typename F, typename T>
+void shifted_sums(int64_t n, const Stored<F>* x, T shift, double out[2]) {
+  out[0] = out[1] = 0;
+  add_run<T>(n, [=](auto zero, int64_t i) {
+    using V = decltype(zero);
+    V d = get<V, F>(x + i) - shift;
+    return Recovered<V>{d, d * d};
+  }, out);
 }
 
 template <bool along, typename F, typename T, typename A>
 void gradient_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const T* r, Stored<F>* dx, Stored<F>* dz_out,
                   const Channels<T>& c, A act) {
-  const bool centred = c.mean_dz != nullptr;  // not in eval mode
-  if (centred) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      T dz, xhat;
-      recover<along, F>(i, y, dy, r, c, act, dz, xhat);
-      T centre = lane<along>(c.mean_dz, i) + xhat * lane<along>(c.mean_dz_xhat, i);
-      dx[i] = F::narrow((dz - centre) * lane<along>(c.scale, i));
-    }
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      dx[i] = F::narrow(act.gradient(F::widen(y[i]), F::widen(dy[i])) * lane<along>(c.scale, i));
-    }
+  if (c.mean_dz != nullptr) {
+    for_lanes<T>(n, [=](auto zero, int64_t i) {
+      using V = decltype(zero);
+      Recovered<V> v = recover<V, along, F>(i, y, dy, r, c, act);
+      V centre = lane<V, along>(c.mean_dz, i) + v.xhat * lane<V, along>(c.mean_dz_xhat, i);
+      put<V, F>(dx + i, (v.dz - centre) * lane<V, along>(c.scale, i));
+    });
+  } else {  // eval mode
+    for_lanes<T>(n, [=](auto zero, int64_t i) {
+      using V = decltype(zero);
+      V dz = act.gradient(get<V, F>(y + i), get<V, F>(dy + i));
+      put<V, F>(dx + i, dz * lane<V, along>(c.scale, i));
+    });
   }
   if (dz_out != nullptr) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) dz_out[i] = F::narrow(act.gradient(F::widen(y[i]), F::widen(dy[i])));
-  }
-}
-
-// Σ(v − shift) and Σ(v − shift)² of n values.
-template <typename F, typename T>
-void shifted_sums(int64_t n, const Stored<F>* __restrict v, T shift, double out[2]) {
-  Lanes<T> sums[kAtOnce] = {}, squares[kAtOnce] = {};
-  int64_t i = 0;
-  for (; i + kAtOnce * kLanes<T> <= n; i += kAtOnce * kLanes<T>) {
-    for (int k = 0; k < kAtOnce; ++k) {
-      Lanes<T> d = lanes_at<F, T>(v + i + k * kLanes<T>) - shift;
-      sums[k] += d;
-      squares[k] += d * d;
-    }
-  }
-  T rest[2] = {0, 0};
-  for (; i < n; ++i) {
-    T d = F::widen(v[i]) - shift;
-    rest[0] += d;
-    rest[1] += d * d;
-  }
-  out[0] = total_of<T>(sums) + rest[0];
-  out[1] = total_of<T>(squares) + rest[1];
-}
-
-// Adds v − shift and (v − shift)² to element i of `sums` and `squares`.
-template <typename F, typename T>
-void add_row(int64_t n, const Stored<F>* __restrict v, const T* __restrict shift, T* __restrict sums,
-             T* __restrict squares) {
-  for (int64_t i = 0; i < n; ++i) {
-    T d = F::widen(v[i]) - shift[i];
-    sums[i] += d;
-    squares[i] += d * d;
+    for_lanes<T>(n, [=](auto zero, int64_t i) {
+      using V = decltype(zero);
+      put<V, F>(dz_out + i, act.gradient(get<V, F>(y + i), get<V, F>(dy + i)));
+    });
   }
 }
 

@@ -24,7 +24,7 @@ def invertible_activation(name: str, param: float) -> int:
         )
     if name not in INVERTIBLE:
         raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(INVERTIBLE)}")
-    if name != "identity" and not (param > 0 and math.isfinite(param)):
+    if name != "identity" and not 0 < param < math.inf:
         what = "negative slope" if name == "leaky_relu" else "alpha"
         raise ValueError(f"activation_param is {param}: the {what} of {name} must be positive, or it has no inverse")
     return INVERTIBLE[name]

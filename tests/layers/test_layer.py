@@ -469,7 +469,7 @@ def test_compiled_network_keeps_no_more_and_computes_the_same(options):
 def test_compiled_network_takes_any_batch_and_mode():
     eager = _Small()
     compiled_from = copy.deepcopy(eager)
-    compiled = torch.compile(compiled_from, fullgraph=True, dynamic=True)
+    compiled = torch.compile(compiled_from, fullgraph=True, dynamic=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
     for mode in (True, False):
         eager.train(mode)
