@@ -6,7 +6,7 @@ Every entry point takes
     tag         which of the published weights (default: the first that its text names)
     options     num_classes, in_chans, features_only, output_stride, norm_layer, … as in timm.create_model
 
-and returns the network as timm.create_model does, in training mode. Nothing is compiled.
+and returns the network as timm.create_model does, in training mode. Loading compiles nothing.
 """
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors", "requests", "filelock", "tqdm"]
