@@ -248,15 +248,20 @@ class _BatchNormalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, residual, var = ctx.saved_tensors
-        want_x, _want_weight, _want_bias, want_residual = ctx.needs_input_grad[:4]
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
         recover = (weight, bias, residual, *ctx.options)
         want_dz = want_residual and ctx.options[1] != IDENTITY
+        dx = dz = None
+        d_affine: tuple[Tensor | None, Tensor | None] = (None, None)
         if want_x:
             dx, dz, *sums = kernels().batch_gradient(y, dy, var, want_dz, *recover)
-        else:
-            dx, dz = None, gradient(y, dy, *ctx.options[1:3]) if want_dz else None
-            sums = kernels().gradient_sums(y, dy, *recover)
-        return dx, *_affine_gradients(ctx, weight, bias, *sums), _residual_gradient(ctx, dy, dz), *(None,) * 3
+            d_affine = _affine_gradients(ctx, weight, bias, *sums)
+        else:  # a frozen producer
+            if want_weight or want_bias:
+                d_affine = _affine_gradients(ctx, weight, bias, *kernels().gradient_sums(y, dy, *recover))
+            if want_dz:
+                dz = gradient(y, dy, *ctx.options[1:3])
+        return dx, *d_affine, _residual_gradient(ctx, dy, dz), *(None,) * 3
 
 
 def _affine_gradients(

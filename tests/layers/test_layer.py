@@ -226,6 +226,19 @@ def test_saturated_elu_has_finite_gradients():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("activation", "param"), [("leaky_relu", 0.3), ("elu", 1.0), ("identity", 0.01)])
+@pytest.mark.parametrize("learned", ["weight", "bias", "residual"])
+def test_frozen_input_leaves_the_other_gradients(learned, activation, param):
+    x, residual, dy = (torch.randn(4, 3, 5, dtype=torch.float64) for _ in range(3))
+    weight, bias = (torch.randn(3, dtype=torch.float64) for _ in range(2))
+    leaf = {"weight": weight, "bias": bias, "residual": residual}[learned].requires_grad_()
+    y = inplace_abn(x.clone(), weight, bias, None, None, True, 0.1, 1e-5, activation, param, residual=residual)
+    (ours,) = torch.autograd.grad(y, leaf, dy)
+    expected = oracle(x, weight, bias, None, None, residual, activation, param, False)
+    (theirs,) = torch.autograd.grad(expected, leaf, dy)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_zero_scale_has_a_gradient():
     weight = torch.zeros(3, requires_grad=True)
     x = torch.randn(8, 3)
