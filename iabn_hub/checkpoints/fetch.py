@@ -46,7 +46,7 @@ def offline() -> bool:
 
 def local_file(record: Checkpoint) -> Path | None:
     """The file that a record names on this machine (the bundled network's, or one beside an added catalogue)."""
-    return Path(record.catalogue).parent / record.file if record.file else None
+    return (Path(record.catalogue).parent / record.file).resolve() if record.file else None
 
 
 def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None) -> list[tuple[Path, str]]:
@@ -107,7 +107,10 @@ def _verified_local(record: Checkpoint, path: Path) -> Path:
         raise CheckpointError(f"{record.name}: {path} does not exist; {record.catalogue} names it")
     found = md5_of(path)
     if found != record.md5:
-        raise ChecksumError(f"{record.name}: {path} has md5 {found}, expected {record.md5}. It was not loaded")
+        raise ChecksumError(
+            f"{record.name}: {path} has md5 {found}, expected {record.md5}. It was not loaded: "
+            f"put the right file there (for the bundled network, install the package again), or correct {record.catalogue}"
+        )
     return path
 
 

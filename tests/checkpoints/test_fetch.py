@@ -1,5 +1,6 @@
 """A file reaches its final name only with the published bytes, from whichever source and after whatever mishap."""
 
+import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -165,6 +166,15 @@ def test_mirror_without_a_scheme_is_explained(record, monkeypatch):
     monkeypatch.setenv("IABN_HUB_MIRROR", "/srv/weights")
     with pytest.raises(DownloadError, match=r"IABN_HUB_MIRROR must start with http://, https:// or file://"):
         fetch_checkpoint(record)
+
+
+def test_damaged_local_file_is_refused_with_the_way_out(record, published):
+    beside = dataclasses.replace(record, file=published.name, catalogue=str(published.parent / "more.json"))
+    assert fetch_checkpoint(beside) == published
+    flip_a_byte(published)
+    with pytest.raises(ChecksumError, match=r"put the right file there .* or correct .*more\.json"):
+        fetch_checkpoint(beside)
+    assert published.exists()
 
 
 def test_record_without_a_source_says_where_to_put_the_file(record):
