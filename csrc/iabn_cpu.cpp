@@ -24,6 +24,7 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t kValuesPerThread = 16384;  // below, starting a thread costs more than it saves
 constexpr int64_t kRowChannels = 16;         // shorter rows of channels are walked channel by channel instead
+constexpr int64_t kJoined = 256;             // several rows of channels become one of up to so many
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -126,7 +127,7 @@ struct Rows {
 
 Rows join_rows(const Walk& w) {
   const Shape& s = w.shape;
-  int64_t positions = s.per_channel(), repeat = std::clamp<int64_t>(kBlock / s.channels, 1, positions);
+  int64_t positions = s.per_channel(), repeat = std::clamp<int64_t>(kJoined / s.channels, 1, positions);
   for (const Operand& o : w.operands) {
     if (o && (s.runs() != 1 || o.channel != 1 || o.inner != s.channels)) repeat = 1;
   }
@@ -179,8 +180,8 @@ std::vector<double> to_doubles(const Optional& v, int64_t n, double otherwise) {
   if (!v) return out;
   Dtype dtype = dtype_of(*v);
   int64_t stride = v->stride(0);
+  const void* p = v->data_ptr();
   for (int64_t i = 0; i < n; ++i) {
-    const void* p = v->data_ptr();
     if (dtype == Dtype::f32) out[i] = static_cast<const float*>(p)[i * stride];
     else if (dtype == Dtype::f64) out[i] = static_cast<const double*>(p)[i * stride];
     else if (dtype == Dtype::bf16) out[i] = static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(p)[i * stride]);
@@ -217,37 +218,47 @@ struct Affine {
   }
 };
 
-// The vectors of a `Channels`, in the type that the kernels accumulate in.
+// The vectors of a `Channels`, in the type that the kernels accumulate in. Each term that is
+// added is computed from the rounded factor that the kernels multiply with, so that no rounding counts twice.
 template <typename T>
 struct Vectors {
-  std::vector<T> mean, scale, bias, inverse, mean_dz, mean_dz_xhat;
-  Channels<T> view;
+  std::vector<T> mean, scale, shift, inverse, offset, slope, intercept;
 
-  explicit Vectors(const Affine& affine) : scale(affine.bias.size()), bias(affine.bias.begin(), affine.bias.end()) {
-    inverse.resize(scale.size());
-    mean.resize(scale.size());
-    for (size_t c = 0; c < scale.size(); ++c) inverse[c] = T(1 / affine.gamma(c));
-    view = {mean.data(), scale.data(), bias.data(), inverse.data(), nullptr, nullptr};
+  explicit Vectors(const Affine& affine) {
+    for (std::vector<T>* v : {&mean, &scale, &shift, &inverse, &offset}) v->resize(affine.bias.size());
+    for (size_t c = 0; c < scale.size(); ++c) {
+      inverse[c] = T(1 / affine.gamma(c));
+      offset[c] = T(-affine.bias[c] * inverse[c]);
+    }
   }
   Vectors(const Vectors& other, int64_t repeat) {
     auto repeated = [repeat](std::vector<T>& to, const std::vector<T>& from) {
       to.reserve(from.size() * repeat);
       for (int64_t i = 0; i < repeat; ++i) to.insert(to.end(), from.begin(), from.end());
     };
-    repeated(mean, other.mean), repeated(scale, other.scale), repeated(bias, other.bias);
-    repeated(inverse, other.inverse), repeated(mean_dz, other.mean_dz), repeated(mean_dz_xhat, other.mean_dz_xhat);
-    bool centred = !mean_dz.empty();
-    view = {mean.data(), scale.data(), bias.data(), inverse.data(), centred ? mean_dz.data() : nullptr,
-            centred ? mean_dz_xhat.data() : nullptr};
+    repeated(mean, other.mean), repeated(scale, other.scale), repeated(shift, other.shift);
+    repeated(inverse, other.inverse), repeated(offset, other.offset);
+    repeated(slope, other.slope), repeated(intercept, other.intercept);
   }
-  Vectors(const Vectors&) = delete;
 
-  void set_scale(const Affine& affine, int64_t c, double var) { scale[c] = T(affine.gamma(c) / std::sqrt(var + affine.eps)); }
+  Channels<T> view() const {
+    auto data = [](const std::vector<T>& v) { return v.empty() ? nullptr : v.data(); };
+    return {data(mean),   data(scale), data(shift),    data(inverse),
+            data(offset), data(slope), data(intercept)};
+  }
+  void set_forward(const Affine& affine, int64_t c, double exact_mean, double var) {
+    scale[c] = T(affine.gamma(c) / std::sqrt(var + affine.eps));
+    mean[c] = T(exact_mean);
+    shift[c] = T(affine.bias[c] + (mean[c] - exact_mean) * scale[c]);
+  }
+  // dx = scale·(dz − mean_dz − x̂·mean_dz_xhat), with x̂ = (z − bias)/γ
+  void set_backward(const Affine& affine, int64_t c, double mean_dz, double mean_dz_xhat) {
+    slope[c] = T(-mean_dz_xhat * scale[c] * inverse[c]);
+    intercept[c] = T(-mean_dz * scale[c] - affine.bias[c] * slope[c]);
+  }
   void centre() {
-    mean_dz.resize(scale.size());
-    mean_dz_xhat.resize(scale.size());
-    view.mean_dz = mean_dz.data();
-    view.mean_dz_xhat = mean_dz_xhat.data();
+    slope.resize(scale.size());
+    intercept.resize(scale.size());
   }
 };
 
@@ -338,8 +349,9 @@ template <typename T>
 void normalize_rows(const Kernels& k, const ActivationOptions& a, const Walk& w, const Vectors<T>& v, int64_t parts) {
   Rows rows = join_rows(w);
   Vectors<T> repeated(v, rows.repeat);
+  Channels<T> channels = repeated.view();
   over_rows(w, rows, parts, [&](const Shape& s, const std::vector<Operand>& o, int64_t begin, int64_t end, int64_t) {
-    k.row_normalize(s, a, o[0], o[1], o[2], &repeated.view, begin, end);
+    k.row_normalize(s, a, o[0], o[1], o[2], &channels, begin, end);
   });
 }
 
@@ -354,17 +366,18 @@ void normalize_into(const Tensor& y, const Tensor& x, const Tensor& mean, const 
   Affine affine(weight, bias, eps, signed_scale, s.channels);
   std::vector<double> means = to_doubles(mean, s.channels, 0), vars = to_doubles(var, s.channels, 0);
   with_accumulator(x, [&](auto zero) {
-    Vectors<decltype(zero)> v(affine);
+    using T = decltype(zero);
+    Vectors<T> v(affine);
     for (int64_t c = 0; c < s.channels; ++c) {
-      v.mean[c] = decltype(zero)(means[c]);
-      v.set_scale(affine, c, vars[c]);
+      v.set_forward(affine, c, means[c], vars[c]);
     }
     int64_t parts = parts_of(s);
     if (s.rows) {
       normalize_rows(k, a, w, v, parts);
     } else {
+      Channels<T> channels = v.view();
       over_blocks(s, parts, splits_of(s, parts), [&](int64_t c, int64_t, int64_t first, int64_t last) {
-        k.block_normalize(s, a, w.operands[0], w.operands[1], w.operands[2], &v.view, c, first, last);
+        k.block_normalize(s, a, w.operands[0], w.operands[1], w.operands[2], &channels, c, first, last);
       });
     }
   });
@@ -397,11 +410,9 @@ std::tuple<Tensor, Tensor> batch_normalize_into(const Tensor& y, const Tensor& x
   with_accumulator(x, [&](auto zero) {
     using T = decltype(zero);
     Vectors<T> v(affine);
-    auto ready = [&](int64_t c) {
-      v.mean[c] = T(moments[c].mean);
-      v.set_scale(affine, c, moments[c].m2 / moments[c].count);
-    };
+    auto ready = [&](int64_t c) { v.set_forward(affine, c, moments[c].mean, moments[c].m2 / moments[c].count); };
     int64_t parts = parts_of(s), splits = splits_of(s, parts);
+    Channels<T> channels = v.view();
     if (s.rows) {
       moments_by_rows(k, w, parts, moments);
       for (int64_t c = 0; c < s.channels; ++c) ready(c);
@@ -410,13 +421,13 @@ std::tuple<Tensor, Tensor> batch_normalize_into(const Tensor& y, const Tensor& x
       over_blocks(s, parts, 1, [&](int64_t c, int64_t, int64_t first, int64_t last) {
         moments[c] = k.block_moments(s, w.operands[0], c, first, last);
         ready(c);
-        k.block_normalize(s, a, w.operands[0], w.operands[1], w.operands[2], &v.view, c, first, last);
+        k.block_normalize(s, a, w.operands[0], w.operands[1], w.operands[2], &channels, c, first, last);
       });
     } else {
       moments_by_blocks(k, s, w.operands[0], parts, splits, moments);
       for (int64_t c = 0; c < s.channels; ++c) ready(c);
       over_blocks(s, parts, splits, [&](int64_t c, int64_t, int64_t first, int64_t last) {
-        k.block_normalize(s, a, w.operands[0], w.operands[1], w.operands[2], &v.view, c, first, last);
+        k.block_normalize(s, a, w.operands[0], w.operands[1], w.operands[2], &channels, c, first, last);
       });
     }
   });
@@ -449,10 +460,11 @@ void sums_by_rows(const Kernels& k, const ActivationOptions& a, const Walk& w, c
                   Sums& out) {
   Rows rows = join_rows(w);
   Vectors<T> repeated(v, rows.repeat);
+  Channels<T> channels = repeated.view();
   int64_t n = w.shape.channels, lanes = rows.joined.channels;
   std::vector<double> dz((parts + 1) * lanes), dz_xhat((parts + 1) * lanes);
   over_rows(w, rows, parts, [&](const Shape& s, const std::vector<Operand>& o, int64_t begin, int64_t end, int64_t p) {
-    k.row_sums(s, a, o[0], o[1], o[2], &repeated.view, begin, end, &dz[p * lanes], &dz_xhat[p * lanes]);
+    k.row_sums(s, a, o[0], o[1], o[2], &channels, begin, end, &dz[p * lanes], &dz_xhat[p * lanes]);
   });
   for (int64_t p = 0; p <= parts; ++p) {
     int64_t filled = p < parts ? lanes : n;
@@ -483,10 +495,11 @@ std::tuple<Tensor, Tensor> gradient_sums(const Tensor& y, const Tensor& dy, cons
     Affine affine(weight, bias, eps, signed_scale, w.shape.channels);
     int64_t parts = parts_of(w.shape);
     with_accumulator(y, [&](auto zero) {
-      Vectors<decltype(zero)> v(affine);
+      using T = decltype(zero);
+      Vectors<T> v(affine);
       const Kernels& k = kernels_for(dtype_of(y));
       if (w.shape.rows) sums_by_rows(k, a, w, v, parts, sums);
-      else sums_by_blocks(k, a, w, v.view, parts, splits_of(w.shape, parts), sums);
+      else sums_by_blocks(k, a, w, v.view(), parts, splits_of(w.shape, parts), sums);
     });
   }
   return {per_channel(y, sums.dz), per_channel(y, sums.dz_xhat)};
@@ -497,13 +510,15 @@ void gradient_pass(const Kernels& k, const ActivationOptions& a, const Walk& w, 
   if (w.shape.rows) {
     Rows rows = join_rows(w);
     Vectors<T> repeated(v, rows.repeat);
+  Channels<T> channels = repeated.view();
     over_rows(w, rows, parts, [&](const Shape& s, const std::vector<Operand>& o, int64_t begin, int64_t end, int64_t) {
-      k.row_gradient(s, a, o[0], o[1], o[2], o[3], o[4], &repeated.view, begin, end);
+      k.row_gradient(s, a, o[0], o[1], o[2], o[3], o[4], &channels, begin, end);
     });
   } else {
     const auto& o = w.operands;
+    Channels<T> channels = v.view();
     over_blocks(w.shape, parts, splits_of(w.shape, parts), [&](int64_t c, int64_t, int64_t first, int64_t last) {
-      k.block_gradient(w.shape, a, o[0], o[1], o[2], o[3], o[4], &v.view, c, first, last);
+      k.block_gradient(w.shape, a, o[0], o[1], o[2], o[3], o[4], &channels, c, first, last);
     });
   }
 }
@@ -525,8 +540,8 @@ std::tuple<Tensor, Tensor> input_gradient(const Tensor& y, const Tensor& dy, con
     Vectors<T> v(affine);
     if (mean_dz) v.centre();
     for (int64_t c = 0; c < n; ++c) {
-      v.set_scale(affine, c, vars[c]);
-      if (mean_dz) v.mean_dz[c] = T(m1[c]), v.mean_dz_xhat[c] = T(m2[c]);
+      v.set_forward(affine, c, 0, vars[c]);
+      if (mean_dz) v.set_backward(affine, c, m1[c], m2[c]);
     }
     gradient_pass(kernels_for(dtype_of(y)), a, w, v, parts_of(w.shape));
   });
@@ -553,25 +568,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const
       using T = decltype(zero);
       Vectors<T> v(affine);
       v.centre();
-      for (int64_t c = 0; c < n; ++c) v.set_scale(affine, c, vars[c]);
-      auto ready = [&](int64_t c) {
-        v.mean_dz[c] = T(sums.dz[c] / count);
-        v.mean_dz_xhat[c] = T(sums.dz_xhat[c] / count);
-      };
+      for (int64_t c = 0; c < n; ++c) v.set_forward(affine, c, 0, vars[c]);
+      auto ready = [&](int64_t c) { v.set_backward(affine, c, sums.dz[c] / count, sums.dz_xhat[c] / count); };
       int64_t parts = parts_of(w.shape), splits = splits_of(w.shape, parts);
       const auto& o = w.operands;
+      Channels<T> channels = v.view();
       if (!w.shape.rows && splits == 1) {
         over_blocks(w.shape, parts, 1, [&](int64_t c, int64_t, int64_t first, int64_t last) {
           double pair[2];
-          k.block_sums(w.shape, a, o[0], o[1], o[2], &v.view, c, first, last, pair);
+          k.block_sums(w.shape, a, o[0], o[1], o[2], &channels, c, first, last, pair);
           sums.dz[c] = pair[0], sums.dz_xhat[c] = pair[1];
           ready(c);
-          k.block_gradient(w.shape, a, o[0], o[1], o[2], o[3], o[4], &v.view, c, first, last);
+          k.block_gradient(w.shape, a, o[0], o[1], o[2], o[3], o[4], &channels, c, first, last);
         });
         return;
       }
       if (w.shape.rows) sums_by_rows(k, a, w, v, parts, sums);
-      else sums_by_blocks(k, a, w, v.view, parts, splits, sums);
+      else sums_by_blocks(k, a, w, v.view(), parts, splits, sums);
       for (int64_t c = 0; c < n; ++c) ready(c);
       gradient_pass(k, a, w, v, parts);
     });

@@ -2,6 +2,8 @@
 // knows numbers only.
 #pragma once
 
+#include <initializer_list>
+
 #include "iabn.h"
 
 namespace iabn {
@@ -9,8 +11,7 @@ namespace iabn {
 enum class Dtype { f32, f64, bf16, f16 };
 
 constexpr int kOuter = 4;         // dimensions that may remain beside the channel and the innermost one
-constexpr int64_t kBlock = 512;   // values of one run: 2 KiB in float32, so that five of them fit into the L1 cache
-constexpr int64_t kRows = 32;     // rows summed in float32 before their sums go to float64
+constexpr int64_t kBlock = 1024;  // values of one run: 4 KiB in float32, so that five of them fit into the L1 cache
 
 // One tensor as (outer…, channel, inner); strides in elements.
 struct Operand {
@@ -36,8 +37,16 @@ struct Shape {
 // Per-channel values in the accumulate type T; the vectors have `channels` elements.
 template <typename T>
 struct Channels {
-  const T *mean = nullptr, *scale = nullptr, *bias = nullptr;            // forward: z = (x − mean)·scale + bias
-  const T *inverse = nullptr, *mean_dz = nullptr, *mean_dz_xhat = nullptr;  // backward: x̂ = (z − bias)·inverse
+  const T *mean = nullptr, *scale = nullptr, *shift = nullptr;  // forward: z = (x − mean)·scale + shift
+  const T *inverse = nullptr, *offset = nullptr;                // recovery: x̂ = z·inverse + offset
+  const T *slope = nullptr, *intercept = nullptr;  // backward: dx = dz·scale + z·slope + intercept; none in eval mode
+
+  template <typename F>
+  void for_each(F&& f) {
+    for (const T** v : {&mean, &scale, &shift, &inverse, &offset, &slope, &intercept}) {
+      if (*v != nullptr) f(*v);
+    }
+  }
 };
 
 struct ActivationOptions {

@@ -29,13 +29,13 @@ PREBUILT = PACKAGE / "_native"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: a library built for it serves every later torch
 # Tables of kernels by instruction set. A machine builds the first for its float64, and the best that it can run.
 LEVELS = {
-    "kBaseline": ["-DIABN_FLOAT64", "-O2"],  # rarely run: its time is spent on compiling
+    "kBaseline": ["-DIABN_FLOAT64"],
     "kV3": ["-march=x86-64-v3", "-DIABN_BF16"],
     "kV4": ["-march=x86-64-v4", "-DIABN_BF16"],
 }
 NEEDED = {"kV3": ("avx2", "fma", "bmi2"), "kV4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math"]
 DRIVER_FLAGS = ["-O1", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # it only prepares what the kernels do
 
 
@@ -165,7 +165,7 @@ def compiler() -> str:
 def levels_here() -> dict[str, list[str]]:
     """The instruction sets to compile for on this machine, with their flags."""
     if platform.machine() != "x86_64":
-        return {"kBaseline": [*LEVELS["kBaseline"], "-DIABN_BF16", "-O3"]}
+        return {"kBaseline": [*LEVELS["kBaseline"], "-DIABN_BF16"]}
     features: set[str] = set()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         features = set(next(line for line in lines if line.startswith("flags")).split())

@@ -210,13 +210,18 @@ def _track(
 ) -> None:
     if isinstance(count, int) and count == 0:
         return  # an empty batch says nothing, as in BatchNorm
+    correction: Any
     if isinstance(count, Tensor):  # one value in all processes together has no variance
-        momentum, unbiased = momentum * (count > 1).to(var.dtype), var * (count / (count - 1).clamp(min=1))
+        momentum, correction = momentum * (count > 1).to(var.dtype), count / (count - 1).clamp(min=1)
     else:
-        unbiased = var * (count / (count - 1))
-    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        correction = count / (count - 1)
+    for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * correction)):
         # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
-        running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))
+        running.mul_(1 - momentum)
+        if isinstance(share, Tensor):
+            running.add_((batch * share).to(running.dtype))
+        else:
+            running.add_(batch, alpha=share)
 
 
 class _BatchNormalize(torch.autograd.Function):
