@@ -227,8 +227,8 @@ struct Vectors {
   explicit Vectors(const Affine& affine) {
     for (std::vector<T>* v : {&mean, &scale, &shift, &inverse, &offset}) v->resize(affine.bias.size());
     for (size_t c = 0; c < scale.size(); ++c) {
-      inverse[c] = T(1 / affine.gamma(c));
-      offset[c] = T(-affine.bias[c] * inverse[c]);
+      inverse[c] = usual(1 / affine.gamma(c));
+      offset[c] = usual(-affine.bias[c] * inverse[c]);
     }
   }
   Vectors(const Vectors& other, int64_t repeat) {
@@ -247,15 +247,16 @@ struct Vectors {
             data(offset), data(slope), data(intercept)};
   }
   void set_forward(const Affine& affine, int64_t c, double exact_mean, double var) {
-    scale[c] = T(affine.gamma(c) / std::sqrt(var + affine.eps));
-    mean[c] = T(exact_mean);
-    shift[c] = T(affine.bias[c] + (mean[c] - exact_mean) * scale[c]);
+    scale[c] = usual(affine.gamma(c) / std::sqrt(var + affine.eps));
+    mean[c] = usual(exact_mean);
+    shift[c] = usual(affine.bias[c] + (mean[c] - exact_mean) * scale[c]);
   }
   // dx = scale·(dz − mean_dz − x̂·mean_dz_xhat), with x̂ = (z − bias)/γ
   void set_backward(const Affine& affine, int64_t c, double mean_dz, double mean_dz_xhat) {
-    slope[c] = T(-mean_dz_xhat * scale[c] * inverse[c]);
-    intercept[c] = T(-mean_dz * scale[c] - affine.bias[c] * slope[c]);
+    slope[c] = usual(-mean_dz_xhat * scale[c] * inverse[c]);
+    intercept[c] = usual(-mean_dz * scale[c] - affine.bias[c] * slope[c]);
   }
+  static T usual(double v) { return v == v ? T(v) : std::numeric_limits<T>::quiet_NaN(); }
   void centre() {
     slope.resize(scale.size());
     intercept.resize(scale.size());

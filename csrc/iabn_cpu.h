@@ -34,7 +34,7 @@ struct Shape {
   int64_t blocks() const { return runs() * ((inner + kBlock - 1) / kBlock); }  // of one channel, without `rows`
 };
 
-// Per-channel values in the accumulate type T; the vectors have `channels` elements.
+// Per-channel values in the accumulate type T; the vectors have `channels` elements, and no NaN but the usual one.
 template <typename T>
 struct Channels {
   const T *mean = nullptr, *scale = nullptr, *shift = nullptr;  // forward: z = (x − mean)·scale + shift

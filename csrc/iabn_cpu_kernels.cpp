@@ -9,7 +9,7 @@ namespace iabn {
 namespace {
 
 constexpr int64_t kSummed = 2048;  // values summed in float32 before their sums go to float64
-constexpr int64_t kRows = 64;      // rows summed in float32 likewise
+constexpr int64_t kRows = 128;     // rows summed in float32 likewise
 
 // ---- formulas of one run -------------------------------------------------------------------------------------------
 // Tensors are read and written in format F. `along`: the run goes along the channels; `joined`: there is a residual r.
@@ -17,7 +17,9 @@ constexpr int64_t kRows = 64;      // rows summed in float32 likewise
 template <bool along, bool joined, typename F, typename T, typename A>
 void normalize_run(int64_t n, const Stored<F>* x, const Stored<F>* r, Stored<F>* y, const Channels<T>& c, A act) {
   map<F, T, along && !F::is_wide>(n, y, [=](auto at) {
-    auto z = (get<F>(x, at) - lane<along>(c.mean, at)) * lane<along>(c.scale, at) + lane<along>(c.shift, at);
+    auto v = get<F>(x, at);
+    if constexpr (F::is_wide) v -= lane<along>(c.mean, at);  // else `fold_mean` has put it into the shift
+    auto z = v * lane<along>(c.scale, at) + lane<along>(c.shift, at);
     if constexpr (joined) z += get<F>(r, at);
     return act.forward(z);
   });
@@ -44,16 +46,23 @@ auto dz_and_product(const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r,
 template <bool along, bool joined, typename F, typename T, typename A>
 void gradient_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r, Stored<F>* dx,
                   Stored<F>* dz_out, const Channels<T>& c, A act) {
+  constexpr bool in_pairs = along && !F::is_wide;
   auto dz_at = [=](auto at) { return act.gradient(get<F>(y, at), get<F>(dy, at)); };
   if (c.slope != nullptr) {
-    map<F, T, along && !F::is_wide>(n, dx, [=](auto at) {
+    map<F, T, in_pairs>(n, dx, [=](auto at) {
       auto [dz, z] = recover<joined, F>(at, y, dy, r, act);
       return dz * lane<along>(c.scale, at) + (z * lane<along>(c.slope, at) + lane<along>(c.intercept, at));
     });
   } else {  // eval mode
-    map<F, T, along && !F::is_wide>(n, dx, [=](auto at) { return dz_at(at) * lane<along>(c.scale, at); });
+    map<F, T, in_pairs>(n, dx, [=](auto at) { return dz_at(at) * lane<along>(c.scale, at); });
   }
-  if (joined && dz_out != nullptr) map<F, T, along && !F::is_wide>(n, dz_out, dz_at);
+  if (joined && dz_out != nullptr) map<F, T, in_pairs>(n, dz_out, dz_at);
+}
+
+// The mean goes into the shift where x has few digits, which float32 does not lose in a sum.
+template <typename T>
+T fold_mean(T mean, T scale, T shift) {
+  return T(double(shift) - double(mean) * double(scale));
 }
 
 // Distances of x from `shift`, and their squares.
@@ -183,7 +192,7 @@ Channels<T> at_channel(Channels<T> c, int64_t i) {
   return c;
 }
 
-// All channels, in the order of pairs of format F.
+// All channels, in the order of pairs of format F, and with the mean folded for a narrow one.
 template <typename F, typename T>
 struct ChannelsInPairs {
   std::vector<T> memory;
@@ -198,6 +207,8 @@ struct ChannelsInPairs {
         v = to;
         to += n;
       });
+      T* shift = &memory[view.shift - memory.data()];
+      for (int64_t i = 0; i < n; ++i) shift[i] = fold_mean(view.mean[i], view.scale[i], shift[i]);
     }
   }
 };
@@ -273,6 +284,8 @@ void block_normalize(const Shape& s, const ActivationOptions& a, const Operand& 
   with_options<T>(a, bool(r), false, operands, [&](auto act, auto joined, auto format) {
     using F = decltype(format);
     alignas(64) Stored<F> xb[kBlock], rb[kBlock], yb[kBlock];
+    T folded = fold_mean(*c.mean, *c.scale, *c.shift);
+    if constexpr (!F::is_wide) c.shift = &folded;
     for_blocks(s, operands, channel, first, last, [&](const int64_t* at, int64_t n) {
       const auto *xp = load<F>(x, at[0], x.inner, n, xb), *rp = load_residual<F>(r, at[1], r.inner, n, rb);
       auto* yp = place<F>(y, at[2], y.inner, n, yb);

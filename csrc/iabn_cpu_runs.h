@@ -229,10 +229,11 @@ auto lane(const T* v, At at) {
   else return v[0];
 }
 
+// As BFloat16::narrow, in the upper halves. No NaN becomes a number: those of bfloat16 tensors and of `Channels` have
+// nothing but zeros in their lower halves.
 inline BitLanes rounded(Lanes<float> v) {
   BitLanes u = read<BitLanes>(&v);
-  auto nan = v != v;
-  return (u + 0x7fff + ((u >> 16) & 1)) | read<BitLanes>(&nan);  // as BFloat16::narrow, but that a NaN is all ones
+  return u + 0x7fff + ((u >> 16) & 1);
 }
 
 template <typename F, typename V>
