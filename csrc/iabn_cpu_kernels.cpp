@@ -3,13 +3,13 @@
 #include <type_traits>
 #include <vector>
 
+#include "iabn_cpu_places.h"
 #include "iabn_cpu_runs.h"
 
 namespace iabn {
 namespace {
 
-constexpr int64_t kSummed = 2048;  // values summed in float32 before their sums go to float64
-constexpr int64_t kRows = 128;     // rows summed in float32 likewise
+constexpr int64_t kSummed = 2048;  // values summed in float32 before their sums go to float64; rows likewise: kRows
 
 // ---- formulas of one run -------------------------------------------------------------------------------------------
 // Tensors are read and written in format F. `along`: the run goes along the channels; `joined`: there is a residual r.
@@ -117,74 +117,7 @@ const Stored<F>* load_residual(const Operand& r, int64_t offset, int64_t stride,
   return r ? load<F>(r, offset, stride, n, buffer) : kNothing<F>;
 }
 
-// ---- walks ---------------------------------------------------------------------------------------------------------
-
-// A place among the outer dimensions, and its offset in each operand.
-template <int count>
-struct Place {
-  const Shape& s;
-  const Operand* const (&o)[count];
-  int64_t index[kOuter], offsets[count] = {};
-
-  Place(const Shape& s, const Operand* const (&o)[count], int64_t run) : s(s), o(o) {
-    for (int d = kOuter - 1; d >= 0; --d) {
-      index[d] = run % s.outer[d];
-      run /= s.outer[d];
-      for (int k = 0; k < count; ++k) offsets[k] += index[d] * o[k]->outer[d];
-    }
-  }
-  void next() {
-    for (int d = kOuter - 1; d >= 0; --d) {
-      bool wraps = ++index[d] == s.outer[d];
-      for (int k = 0; k < count; ++k) offsets[k] += wraps ? (1 - s.outer[d]) * o[k]->outer[d] : o[k]->outer[d];
-      if (!wraps) return;
-      index[d] = 0;
-    }
-  }
-};
-
-// Calls f(offsets, n) for blocks [first, last) of one channel: n ≤ kBlock values, and where they begin in each operand.
-template <int count, typename F>
-void for_blocks(const Shape& s, const Operand* const (&o)[count], int64_t channel, int64_t first, int64_t last, F&& f) {
-  int64_t per_run = (s.inner + kBlock - 1) / kBlock, start = first % per_run * kBlock, offsets[count];
-  Place<count> place(s, o, first / per_run);
-  for (int64_t b = first; b < last; ++b) {
-    for (int k = 0; k < count; ++k) offsets[k] = place.offsets[k] + channel * o[k]->channel + start * o[k]->inner;
-    f(offsets, std::min(s.inner - start, kBlock));
-    start += kBlock;
-    if (start >= s.inner) start = 0, place.next();
-  }
-}
-
-// Calls f(offsets) for positions [first, last): where channel c0 lies in each operand.
-template <int count, typename F>
-void for_rows(const Shape& s, const Operand* const (&o)[count], int64_t first, int64_t last, int64_t c0, F&& f) {
-  int64_t inner = first % s.inner, offsets[count];
-  Place<count> place(s, o, first / s.inner);
-  while (first < last) {
-    int64_t until = std::min(last, first + s.inner - inner);
-    for (int k = 0; k < count; ++k) offsets[k] = place.offsets[k] + inner * o[k]->inner + c0 * o[k]->channel;
-    for (; first < until; ++first) {
-      f(offsets);
-      for (int k = 0; k < count; ++k) offsets[k] += o[k]->inner;
-    }
-    inner = 0;
-    place.next();
-  }
-}
-
-// Calls f(c0, n, r0, r1) for tiles of at most kBlock channels and kRows positions. A pass that only reads goes backward:
-// it begins with what its producer has written last, and ends with what the pass after it reads first.
-template <typename F>
-void for_tiles(const Shape& s, int64_t first, int64_t last, bool backward, F&& f) {
-  int64_t tiles = (last - first + kRows - 1) / kRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    int64_t r0 = first + (backward ? tiles - 1 - t : t) * kRows;
-    for (int64_t c0 = 0; c0 < s.channels; c0 += kBlock) {
-      f(c0, std::min(s.channels - c0, kBlock), r0, std::min(r0 + kRows, last));
-    }
-  }
-}
+// ---- per-channel values ----------------------------------------------------------------------------------------------
 
 template <typename T>
 Channels<T> at_channel(Channels<T> c, int64_t i) {

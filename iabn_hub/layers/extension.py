@@ -239,7 +239,7 @@ def _build(cxx: str, target: Path, forget: bool) -> None:
     except BuildError as e:
         with contextlib.suppress(OSError):
             failure.write_text(f"{e}\n")
-        raise
+        raise BuildError(f"{e}; another compiler can be named with CXX") from e
 
 
 def ninja() -> str:

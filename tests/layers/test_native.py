@@ -133,3 +133,21 @@ def test_fused_backward_is_both_passes():
     sums = ops.gradient_sums(y, dy, *options)
     apart = ops.input_gradient(y, dy, var, *(s / (4 * 81) for s in sums), True, *options)
     assert_same(ops.batch_gradient(y, dy, var, True, *options), (*apart, *sums), 1e-6)
+
+
+@pytest.mark.parametrize("far", [0, 1, 2], ids=["rows", "channels", "columns"])
+def test_strides_beyond_32_bits(far):
+    # Few elements that lie far apart in memory, most of which is never touched.
+    strides = [12, 4, 1]
+    strides[far] = 2**31 + 11
+    memory = torch.empty(2 * (2**31 + 11) + 64, dtype=torch.bfloat16)
+    x = memory.as_strided((3, 3, 3), strides).copy_(torch.randn(3, 3, 3))
+    dy = torch.randn(3, 3, 3).to(x.dtype)
+    options = (torch.rand(3) + 0.5, torch.randn(3), None, 1e-5, 1, 0.01, False)
+    expected, _, var = reference.batch_normalize(x.contiguous(), *options)
+    ops.batch_normalize_(x, *options)
+    assert_same(x.contiguous(), expected, 8e-3)
+    assert_same(
+        ops.batch_gradient(x, dy, var, False, *options)[2:], reference.batch_gradient(x, dy, var, False, *options)[2:],
+        2e-6,
+    )  # fmt: skip
