@@ -18,7 +18,14 @@
 
 namespace iabn {
 
+enum class Dtype { f32, f64, bf16, f16 };
 enum class Activation : int64_t { identity = 0, leaky_relu = 1, elu = 2 };  // as in layers/activations.py
+
+struct ActivationOptions {
+  Activation kind;
+  double param;
+  double lowest;  // the largest z whose ELU is stored as −alpha
+};
 
 // Three functions of one element, or of a vector of elements. `param` is the negative slope or alpha, `inverse` its
 // reciprocal, and `lowest` the z that stands for a saturated ELU, whose stored value has no finite inverse.
@@ -56,13 +63,41 @@ struct Act {
   }
 };
 
-// Count, mean and sum of squared distances of a set of values; merging two sets is Chan, Golub and LeVeque (1979).
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
+// ---- formulas of one element or vector; the factors and terms are those of its channel ----------------------------------
 
-  IABN_HOST_DEVICE void merge(double n, double other_mean, double other_m2) {
+// γ of a weight
+template <typename T>
+IABN_HOST_DEVICE T effective_scale(T weight, T eps, bool signed_scale) {
+  T scale = (weight < 0 ? -weight : weight) + eps;
+  return signed_scale && weight < 0 ? -scale : scale;
+}
+
+// z without a residual, with scale = γ/σ and shift = β
+template <typename V, typename S>
+IABN_HOST_DEVICE V normalized(V x, S mean, S scale, S shift) {
+  return (x - mean) * scale + shift;
+}
+
+// x̂ from z without a residual, with inverse = 1/γ and offset = −β/γ
+template <typename V, typename S>
+IABN_HOST_DEVICE V recovered(V z, S inverse, S offset) {
+  return z * inverse + offset;
+}
+
+// dx = scale·(dz − mean(dz) − x̂·mean(dz·x̂)), with slope = −scale·mean(dz·x̂)/γ, intercept = −scale·mean(dz) − β·slope
+template <typename V, typename S>
+IABN_HOST_DEVICE V gradient_of_x(V dz, V z, S scale, S slope, S intercept) {
+  return dz * scale + (z * slope + intercept);
+}
+
+// Count, mean and sum of squared distances of a set of values; merging two sets is Chan, Golub and LeVeque (1979).
+template <typename T>
+struct Moments {
+  T count = 0, mean = 0, m2 = 0;
+
+  IABN_HOST_DEVICE void merge(T n, T other_mean, T other_m2) {
     if (n == 0) return;
-    double total = count + n, delta = other_mean - mean, share = n / total;
+    T total = count + n, delta = other_mean - mean, share = n / total;
     mean += delta * share;
     m2 += other_m2 + delta * delta * count * share;
     count = total;

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -16,16 +15,6 @@
 namespace {
 
 using namespace iabn;
-
-double epsilon(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32: return std::numeric_limits<float>::epsilon();
-    case Dtype::f64: return std::numeric_limits<double>::epsilon();
-    case Dtype::bf16: return 0x1p-7;
-    case Dtype::f16: return 0x1p-10;
-  }
-  return 0;
-}
 
 const Kernels& kernels_for(Dtype dtype) {
   if (dtype == Dtype::f64) return kFloat64;
@@ -61,7 +50,7 @@ Tensor new_like(const Tensor& t) {
 
 // ---- passes ----------------------------------------------------------------------------------------------------------
 
-void moments_by_rows(const Kernels& k, const Walk& w, int64_t parts, std::vector<Moments>& out) {
+void moments_by_rows(const Kernels& k, const Walk& w, int64_t parts, std::vector<Moments<double>>& out) {
   Rows rows = join_rows(w);
   int64_t n = w.shape.channels, lanes = rows.joined.channels;
   std::vector<double> means((parts + 1) * lanes), m2s((parts + 1) * lanes), counts(parts + 1);
@@ -76,22 +65,22 @@ void moments_by_rows(const Kernels& k, const Walk& w, int64_t parts, std::vector
 }
 
 void moments_by_blocks(const Kernels& k, const Shape& s, const Operand& x, int64_t parts, int64_t splits,
-                       std::vector<Moments>& out) {
-  std::vector<Moments> pieces(s.channels * splits);
+                       std::vector<Moments<double>>& out) {
+  std::vector<Moments<double>> pieces(s.channels * splits);
   over_blocks(s, parts, splits, [&](int64_t c, int64_t split, int64_t first, int64_t last) {
     pieces[c * splits + split] = k.block_moments(s, x, c, first, last);
   });
   for (int64_t c = 0; c < s.channels; ++c) {
     for (int64_t i = 0; i < splits; ++i) {
-      const Moments& piece = pieces[c * splits + i];
+      const Moments<double>& piece = pieces[c * splits + i];
       out[c].merge(piece.count, piece.mean, piece.m2);
     }
   }
 }
 
-std::tuple<Tensor, Tensor> to_tensors(const Tensor& like, const std::vector<Moments>& moments) {
+std::tuple<Tensor, Tensor> to_tensors(const Tensor& like, const std::vector<Moments<double>>& moments) {
   std::vector<double> mean, var;
-  for (const Moments& m : moments) {
+  for (const Moments<double>& m : moments) {
     mean.push_back(m.mean);
     var.push_back(m.count > 0 ? m.m2 / m.count : 0);
   }
@@ -100,7 +89,7 @@ std::tuple<Tensor, Tensor> to_tensors(const Tensor& like, const std::vector<Mome
 
 std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 2, "iabn_hub: the input must be (N, C, *)");
-  std::vector<Moments> moments(x.size(1));
+  std::vector<Moments<double>> moments(x.size(1));
   if (x.numel() > 0) {
     Walk w = plan({&x});
     const Kernels& k = kernels_for(dtype_of(x));
@@ -109,10 +98,6 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
     else moments_by_blocks(k, w.shape, w.operands[0], parts, splits_of(w.shape, parts), moments);
   }
   return to_tensors(x, moments);
-}
-
-ActivationOptions activation_options(int64_t activation, double param, Dtype stored) {
-  return {static_cast<Activation>(activation), param, std::log(epsilon(stored) / 4)};
 }
 
 template <typename T>
@@ -170,7 +155,7 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
 std::tuple<Tensor, Tensor> batch_normalize_into(const Tensor& y, const Tensor& x, const Optional& weight,
                                                 const Optional& bias, const Optional& residual, double eps,
                                                 int64_t activation, double param, bool signed_scale) {
-  std::vector<Moments> moments(x.size(1));
+  std::vector<Moments<double>> moments(x.size(1));
   if (x.numel() == 0) return to_tensors(x, moments);
   Walk w = plan({&x, residual ? &*residual : nullptr, &y});
   const Shape& s = w.shape;

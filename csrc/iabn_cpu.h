@@ -8,8 +8,6 @@
 
 namespace iabn {
 
-enum class Dtype { f32, f64, bf16, f16 };
-
 constexpr int kOuter = 4;         // dimensions that may remain beside the channel and the innermost one
 constexpr int64_t kBlock = 1024;  // values of one run: 4 KiB in float32, so that five of them fit into the L1 cache
 
@@ -49,15 +47,10 @@ struct Channels {
   }
 };
 
-struct ActivationOptions {
-  Activation kind;
-  double param, lowest;
-};
-
 // Work on channels [begin, end) without `rows`, or on positions [begin, end) of all channels with it.
 struct Kernels {
   // Statistics of blocks [first, last) of one channel.
-  Moments (*block_moments)(const Shape&, const Operand& x, int64_t channel, int64_t first, int64_t last);
+  Moments<double> (*block_moments)(const Shape&, const Operand& x, int64_t channel, int64_t first, int64_t last);
   // Σdz and Σdz·x̂ of blocks [first, last) of one channel.
   void (*block_sums)(const Shape&, const ActivationOptions&, const Operand& y, const Operand& dy, const Operand& r,
                      const void* channels, int64_t channel, int64_t first, int64_t last, double sums[2]);

@@ -3,15 +3,12 @@
 
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <vector>
 
 #include "iabn_cpu_walk.h"
 
 namespace iabn {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 std::vector<double> to_doubles(const Optional& v, int64_t n, double otherwise) {
   std::vector<double> out(n, otherwise);
@@ -50,9 +47,7 @@ struct Affine {
       : eps(eps), signed_scale(signed_scale), weight(to_doubles(w, n, 1)), bias(to_doubles(b, n, 0)), has_weight(bool(w)) {}
 
   double gamma(int64_t c) const {
-    if (!has_weight) return 1;
-    double scale = std::abs(weight[c]) + eps;
-    return signed_scale && weight[c] < 0 ? -scale : scale;
+    return has_weight ? effective_scale(weight[c], eps, signed_scale) : 1;
   }
 };
 

@@ -38,7 +38,7 @@ template <bool along, bool joined, typename F, typename T, typename A>
 auto dz_and_product(const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r, const Channels<T>& c, A act) {
   return [=](auto at) {
     auto [dz, z] = recover<joined, F>(at, y, dy, r, act);
-    auto xhat = z * lane<along>(c.inverse, at) + lane<along>(c.offset, at);
+    auto xhat = recovered(z, lane<along>(c.inverse, at), lane<along>(c.offset, at));
     return Two<decltype(z)>{dz, dz * xhat};
   };
 }
@@ -51,7 +51,7 @@ void gradient_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const Stor
   if (c.slope != nullptr) {
     map<F, T, in_pairs>(n, dx, [=](auto at) {
       auto [dz, z] = recover<joined, F>(at, y, dy, r, act);
-      return dz * lane<along>(c.scale, at) + (z * lane<along>(c.slope, at) + lane<along>(c.intercept, at));
+      return gradient_of_x(dz, z, lane<along>(c.scale, at), lane<along>(c.slope, at), lane<along>(c.intercept, at));
     });
   } else {  // eval mode
     map<F, T, in_pairs>(n, dx, [=](auto at) { return dz_at(at) * lane<along>(c.scale, at); });
@@ -149,8 +149,8 @@ struct ChannelsInPairs {
 // ---- channels whose values lie in runs -----------------------------------------------------------------------------
 
 template <typename T>
-Moments block_moments(const Shape& s, const Operand& x, int64_t channel, int64_t first, int64_t last) {
-  Moments moments;
+Moments<double> block_moments(const Shape& s, const Operand& x, int64_t channel, int64_t first, int64_t last) {
+  Moments<double> moments;
   const Operand* operands[] = {&x};
   with_run_format<T>(false, operands, [&](auto format) {
     using F = decltype(format);

@@ -1,33 +1,18 @@
 // How iabn_cpu.cpp goes over memory: which order suits several tensors at once, and which thread does which part.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "iabn_cpu.h"
+#include "iabn_torch.h"
 
 namespace iabn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kValuesPerThread = 16384;  // below, starting a thread costs more than it saves
 constexpr int64_t kRowChannels = 16;         // shorter rows of channels are walked channel by channel instead
 constexpr int64_t kJoined = 256;             // several rows of channels become one of up to so many
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, "iabn_hub: the input must be of a floating dtype");
-  }
-}
 
 // ---- memory order ----------------------------------------------------------------------------------------------------
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from typing import Any
 
 import timm
 import torch
 
 from . import __version__
-from .layers import extension, ops, reference
+from .layers import building, extension, ops, reference
 from .layers.activations import LEAKY_RELU
 
 TOLERANCE = 1e-4  # relative to the largest value, float32
@@ -30,10 +29,10 @@ def examine() -> dict[str, Any]:
         },
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "instruction_sets": list(extension.levels_here()),
-        "compiler": _or_error(extension.compiler),
-        "ninja": _or_error(extension.ninja),
-        "nvcc": shutil.which("nvcc"),
+        "instruction_sets": list(building.levels_here()),
+        "compiler": _or_error(building.compiler),
+        "ninja": _or_error(building.ninja),
+        "cuda_toolkit": _or_error(building.cuda_home),
         "cache_folder": str(extension.cache_folder()),
         "devices": devices,
         "healthy": all(device["healthy"] for device in devices.values()),
@@ -43,14 +42,14 @@ def examine() -> dict[str, Any]:
 def _or_error(find: Any) -> str:
     try:
         return str(find())
-    except extension.BuildError as e:
+    except building.BuildError as e:
         return f"none: {e}"
 
 
 def _device(name: str) -> dict[str, Any]:
     try:
         status = extension.use_native(name)
-    except extension.BuildError as e:
+    except building.BuildError as e:
         return {"backend": "none", "reason": str(e), "library": None, "healthy": False, "self_check": "not run"}
     errors = compare(name)
     healthy = max(errors.values()) <= TOLERANCE

@@ -49,7 +49,7 @@ class Produce(torch.autograd.Function):
 def reference_kernels():
     """Let the layer use the reference kernels, whatever is loaded."""
     usual = functional.kernels
-    functional.kernels = lambda: reference
+    functional.kernels = lambda _: reference
     try:
         yield
     finally:
@@ -93,6 +93,7 @@ def layer_case(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, 
     source, buffer, dy = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=form) for _ in range(3))
     leaf = torch.zeros((), device=device, requires_grad=True)
     rounds: dict[str, list[tuple[float, float]]] = {}
+    torch.compiler.reset()  # else the later cases would meet the limit of recompilations, and run eagerly
     layers = contenders(shape[1], device, not arguments.no_compile)
     if dtype not in (torch.float32, torch.float64):
         layers.pop("inplace_abn", None)
@@ -223,7 +224,9 @@ def kept(network: nn.Module, step: Callable[..., Any], x: torch.Tensor) -> int:
 
 
 def memory(arguments: Any) -> dict[str, Any]:
-    x = torch.randn(arguments.batch_size, 3, 224, 224, device=arguments.device)
+    # channels_last throughout: else Inductor keeps copies of the convolutions' weights in that layout.
+    form = {"device": arguments.device, "memory_format": torch.channels_last}
+    x = torch.randn(arguments.batch_size, 3, 224, 224).to(**form)
     results: dict[str, dict[str, int]] = {}
     for name in arguments.networks:
         ways: dict[str, tuple[str, float | None]] = {"standard": ("abn", None), "in place": ("iabn", None)}
@@ -233,7 +236,7 @@ def memory(arguments: Any) -> dict[str, Any]:
         rows: dict[str, int] = {}
         for way, (norm_layer, budget) in ways.items():
             torch.compiler.reset()
-            network = iabn_hub.create_model(name, norm_layer=norm_layer).to(arguments.device).train()
+            network = iabn_hub.create_model(name, norm_layer=norm_layer).to(**form).train()
             torch._functorch.config.activation_memory_budget = 1.0 if budget is None else budget
             rows[way] = kept(network, network if budget is None else torch.compile(network), x)
             if not arguments.json:

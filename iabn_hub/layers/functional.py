@@ -120,9 +120,6 @@ def _forward(
     if residual is not None:
         residual = residual.to(x.dtype)
 
-    if not torch.compiler.is_compiling():
-        use_native(x.device.type)
-
     options = (eps, act, activation_param, signed_scale)
     values = x.numel() // max(1, x.size(1))  # per channel
     if not training:
@@ -145,7 +142,7 @@ def _forward(
         mean, var = found
     else:
         with torch.no_grad():
-            mean, var = kernels().statistics(x.detach())
+            mean, var = kernels(x).statistics(x.detach())
             if peers.count > 1:
                 mean, var, count = peers.merge_statistics(mean, var, values)
         y = _Normalize.apply(x, weight, bias, residual, mean, var, count, options, inplace, peers)
@@ -155,9 +152,15 @@ def _forward(
     return y
 
 
-def kernels() -> Any:
-    """The operators; while a compiler is tracing, the formulas behind them, so that it can fuse them."""
-    return reference if torch.compiler.is_compiling() else ops
+def kernels(x: Tensor) -> Any:
+    """The operators for the device of x; while a compiler is tracing, the formulas behind them, so that it can fuse."""
+    if torch.compiler.is_compiling():
+        return reference
+    if use_native(x.device.type).backend == "inductor":
+        from . import inductor  # noqa: PLC0415  (it loads torch's compiler)
+
+        return inductor
+    return ops
 
 
 def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor | None) -> None:
@@ -239,11 +242,11 @@ class _BatchNormalize(torch.autograd.Function):
         found: list[Tensor],
     ) -> Tensor:
         if inplace:
-            mean, var = kernels().batch_normalize_(x, weight, bias, residual, *options)
+            mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
             ctx.mark_dirty(x)
             y = x
         else:
-            y, mean, var = kernels().batch_normalize(x, weight, bias, residual, *options)
+            y, mean, var = kernels(x).batch_normalize(x, weight, bias, residual, *options)
         found.extend((mean, var))
         ctx.save_for_backward(y, weight, bias, residual, var)
         ctx.options = options
@@ -259,11 +262,11 @@ class _BatchNormalize(torch.autograd.Function):
         dx = dz = None
         d_affine: tuple[Tensor | None, Tensor | None] = (None, None)
         if want_x:
-            dx, dz, *sums = kernels().batch_gradient(y, dy, var, want_dz, *recover)
+            dx, dz, *sums = kernels(y).batch_gradient(y, dy, var, want_dz, *recover)
             d_affine = _affine_gradients(ctx, weight, bias, *sums)
         else:  # a frozen producer
             if want_weight or want_bias:
-                d_affine = _affine_gradients(ctx, weight, bias, *kernels().gradient_sums(y, dy, *recover))
+                d_affine = _affine_gradients(ctx, weight, bias, *kernels(y).gradient_sums(y, dy, *recover))
             if want_dz:
                 dz = gradient(y, dy, *ctx.options[1:3])
         return dx, *d_affine, _residual_gradient(ctx, dy, dz), *(None,) * 3
@@ -306,11 +309,11 @@ class _Normalize(torch.autograd.Function):
         peers: distributed.Peers,
     ) -> Tensor:
         if inplace:
-            kernels().normalize_(x, mean, var, weight, bias, residual, *options)
+            kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
             ctx.mark_dirty(x)
             y = x
         else:
-            y = kernels().normalize(x, mean, var, weight, bias, residual, *options)
+            y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
         ctx.save_for_backward(y, weight, bias, residual, var, count if isinstance(count, Tensor) else None)
         ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
         return y
@@ -324,12 +327,12 @@ class _Normalize(torch.autograd.Function):
         recover = (weight, bias, residual, *ctx.options)
         d_weight = d_bias = dx = dz = mean_dz = mean_dz_xhat = None
         if want_weight or want_bias or (want_x and count is not None):
-            sums = kernels().gradient_sums(y, dy, *recover)
+            sums = kernels(y).gradient_sums(y, dy, *recover)
             d_weight, d_bias = _affine_gradients(ctx, weight, bias, *sums)
             if want_x and count is not None:
                 sums = ctx.peers.add(*sums) if ctx.peers.count > 1 else sums
                 mean_dz, mean_dz_xhat = (total / count for total in sums)
         if want_x or want_residual:
             want_dz = want_residual and ctx.options[1] != IDENTITY
-            dx, dz = kernels().input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_dz, *recover)
+            dx, dz = kernels(y).input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_dz, *recover)
         return dx, d_weight, d_bias, _residual_gradient(ctx, dy, dz), *(None,) * 6

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from iabn_hub import InPlaceABN
-from iabn_hub.layers import extension
+from iabn_hub.layers import building, extension
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_folder_that_cannot_be_written_is_named(fresh, tmp_path):
 def test_native_can_be_demanded(fresh, tmp_path):
     fresh.setenv("PATH", str(tmp_path))
     fresh.setenv("IABN_HUB_BACKEND", "native")
-    with pytest.raises(extension.BuildError, match="no C\\+\\+ compiler"):
+    with pytest.raises(building.BuildError, match="no C\\+\\+ compiler"):
         InPlaceABN(3)(torch.randn(4, 3))
 
 
@@ -88,7 +88,7 @@ def test_native_can_be_demanded(fresh, tmp_path):
 def test_misspelt_setting_is_a_sentence(fresh, name, value):
     fresh.setenv(name, value)
     if name == "IABN_HUB_BACKEND":
-        with pytest.raises(extension.BuildError, match=f"{name} is '{value}'"):
+        with pytest.raises(building.BuildError, match=f"{name} is '{value}'"):
             extension.use_native("cpu")
     else:
         assert f"{name} is '{value}'" in extension.use_native("cpu").reason

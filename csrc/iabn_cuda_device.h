@@ -1,0 +1,82 @@
+// What iabn_cuda_kernels.cu needs from CUDA; the tests have a header of the same names that runs it on the host.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "iabn.h"
+
+#define IABN_DEVICE __device__ __forceinline__
+
+// `name` points to room for n items, shared by the threads of a block and not initialised.
+#define IABN_SHARED(Item, name, n)                                       \
+  __shared__ __align__(16) unsigned char name##_bytes[(n) * sizeof(Item)]; \
+  Item* name = reinterpret_cast<Item*>(name##_bytes)
+
+// `name` points to the shared memory whose size is given at launch.
+#define IABN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+#define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                    \
+  (void((kernel)<<<grid, block, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)), \
+   iabn::cuda::check(cudaGetLastError()))
+
+namespace iabn::cuda {
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("iabn_hub: CUDA: ") + cudaGetErrorString(error));
+}
+
+// A block may have more than 48 KiB of shared memory only if the kernel says so beforehand.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  if (bytes <= 48 << 10) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
+template <Dtype dtype>
+struct Storage;
+template <>
+struct Storage<Dtype::f32> {
+  using type = float;
+  using wide = float;
+};
+template <>
+struct Storage<Dtype::f64> {
+  using type = double;
+  using wide = double;
+};
+template <>
+struct Storage<Dtype::bf16> {
+  using type = __nv_bfloat16;
+  using wide = float;
+};
+template <>
+struct Storage<Dtype::f16> {
+  using type = __half;
+  using wide = float;
+};
+
+IABN_DEVICE float widen(float v) { return v; }
+IABN_DEVICE double widen(double v) { return v; }
+IABN_DEVICE float widen(__half v) { return __half2float(v); }
+IABN_DEVICE float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T, typename A>
+IABN_DEVICE T narrow(A v) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
+  else return v;
+}
+
+template <typename A>
+IABN_DEVICE A shuffle_xor(A v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+
+}  // namespace iabn::cuda

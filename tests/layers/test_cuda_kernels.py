@@ -1,0 +1,142 @@
+"""The CUDA kernels, compiled for the host and run thread by thread: no GPU, no CUDA toolkit."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iabn_hub.layers import building
+
+from .cuda import on_host
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    try:
+        return building.compiler()
+    except building.BuildError as e:
+        pytest.skip(f"nothing to compile the kernels with: {e}")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return on_host.Library(on_host.build(tmp_path_factory.mktemp("cuda")))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(
+        st.integers(1, 4),
+        st.one_of(st.integers(1, 12), st.sampled_from([33, 40, 64])),
+        st.one_of(st.integers(2, 80), st.sampled_from([196, 256])),
+    ),
+    dtype=st.sampled_from(list(on_host.DTYPES.values())),
+    rows=st.booleans(),
+    activation=st.sampled_from([(0, 0.01), (1, 0.01), (1, 0.3), (2, 1.0), (2, 0.5)]),
+    affine=st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    place=st.tuples(st.integers(0, 3), st.sampled_from([0, 0, 1, 8])),
+    mean=st.sampled_from([0.0, 0.0, 100.0]),
+    processors=st.sampled_from([1, 4, 40]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_every_kernel_agrees_with_the_formulas(
+    library, shape, dtype, rows, activation, affine, flags, place, mean, processors, seed
+):
+    joined, signed, in_place = flags
+    on_host.check(
+        library, shape, dtype, rows, seed=seed, activation=activation, affine=affine, joined=joined, signed=signed,
+        shift=place[0], gap=place[1], mean=mean, in_place=in_place, processors=processors,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", on_host.DTYPES.values(), ids=on_host.DTYPES)
+def test_every_width_is_taken(library, dtype):
+    widest = 16 // dtype.itemsize
+    assert on_host.check(library, (2, 3, 32), dtype, rows=False)[0].width == widest
+    assert on_host.check(library, (2, 3, 14 * 14), dtype, rows=False)[0].width == min(4, widest)
+    assert on_host.check(library, (2, 3, 32), dtype, rows=False, shift=1)[0].width == 1
+    assert on_host.check(library, (2, 16, 3), dtype, rows=True)[0].width == widest
+    assert on_host.check(library, (2, 17, 3), dtype, rows=True)[0].width == 1
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "planes"])
+def test_few_channels_are_split(library, rows):
+    plan = on_host.check(library, (2, 2, 8192), torch.float32, rows, processors=40)[0]
+    assert plan.parts > 1
+
+
+def test_a_channel_that_fits_is_read_once(library):
+    # Statistics, sums, and both of the fused kernels; beyond half of the shared memory only the first two.
+    assert len(on_host.check(library, (2, 4, 256), torch.float32, rows=False)) == 4
+    assert len(on_host.check(library, (2, 4, 8192), torch.float32, rows=False)) == 2
+
+
+def test_the_same_input_gives_the_same_bits(library):
+    x = torch.randn(2, 3, 1024)
+    options = (None, None, 1e-5, 1, 0.01, False)
+    results = [
+        library(on_host.STATISTICS, x, False, [on_host.Guarded(x, x, False, 0, 0)], options, processors=40)[:2]
+        for _ in range(3)  # blocks and threads take turns in another order each time
+    ]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_moments_of_values_far_from_zero(library):
+    x = torch.randn(2, 2, 4096, dtype=torch.float64) * 1e-2 + 1e3
+    stored = x.float()
+    exact = stored.double().var((0, 2), correction=0)
+    options = (None, None, 1e-5, 0, 1.0, False)
+    for rows in (True, False):
+        held = on_host.Guarded(stored, stored, rows, 0, 0)
+        _, var, _ = library(on_host.STATISTICS, stored, rows, [held], options)
+        assert ((var - exact).abs() < 1e-5 * exact).all()
+
+
+PLANTED = {
+    "no barrier before the upper half is read": (
+        "    }\n    __syncthreads();\n    if (y < half) {", "    }\n    if (y < half) {",
+    ),
+    "no barrier before it is overwritten": (
+        "upper[i * (threads / 2) + at]);\n    }\n    __syncthreads();", "upper[i * (threads / 2) + at]);\n    }",
+    ),
+    "no barrier between the warps": (
+        "of_warp[warp] = item;\n  __syncthreads();", "of_warp[warp] = item;",
+    ),
+    "no barrier before fused sums are read": (
+        "  __syncthreads();\n  A count = A(s.per_channel());", "  A count = A(s.per_channel());",
+    ),
+    "the last vector of a channel is missed": (
+        "slot < end; slot += blockDim.x", "slot < end - 1; slot += blockDim.x",
+    ),
+    "a part begins one too late": (
+        "return {tile, part * count / parts,", "return {tile, part * count / parts + (part > 0),",
+    ),
+    "channels beyond the last are written": (
+        "  if (c >= s.channels) return;\n  bool centred", "  bool centred",
+    ),
+    "a thread takes its neighbour's warp": (
+        "lane < warps ? of_warp[lane]", "lane < warps - 1 ? of_warp[lane]",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planted_libraries(tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp("planted") for name in PLANTED}
+    build = lambda name: on_host.build(folders[name], {"f32": torch.float32}, PLANTED[name])  # noqa: E731
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(PLANTED, pool.map(build, PLANTED)))
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found(planted_libraries, name):
+    # In a process of its own: threads that wait at different barriers end it.
+    command = [sys.executable, on_host.__file__, str(planted_libraries[name])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert any(word in done.stderr for word in ("AssertionError", "cuda_on_host")), done.stderr
