@@ -543,8 +543,10 @@ using Width = std::integral_constant<int, W>;
 template <typename F>
 void with_width(const Launch& l, F f) {
   constexpr int most = 16 / sizeof(T);
+  if constexpr (most == 8) {
+    if (l.plan.width == 4) return f(Width<4>{});
+  }
   if (l.plan.width == most) f(Width<most>{});
-  else if (most == 8 && l.plan.width == 4 && !l.shape.rows) f(Width<4>{});
   else f(Width<1>{});
 }
 

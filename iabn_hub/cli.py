@@ -228,7 +228,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         _print_json(facts)
     else:
         print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-        for key in ("machine", "threads", "instruction_sets", "compiler", "ninja", "nvcc", "cache_folder"):
+        for key in ("machine", "threads", "instruction_sets", "compiler", "ninja", "cuda_toolkit", "cache_folder"):
             value = facts[key]
             print(f"  {key:<17} {', '.join(value) if isinstance(value, list) else value}")
         for name, device in facts["devices"].items():

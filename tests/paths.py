@@ -4,3 +4,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
+TOOLS = ROOT / "tools"

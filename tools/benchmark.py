@@ -28,6 +28,12 @@ from iabn_hub.layers import extension, functional, ops, reference
 SHAPES = ((16, 64, 56, 56), (16, 256, 28, 28), (16, 1024, 14, 14), (8, 64, 112, 112))
 BASELINE = "BatchNorm2d + LeakyReLU"
 PASSES = 8  # over memory: forward reads twice and writes once, backward reads y and dy twice and writes dx
+PASSES_OF = {"statistics": 1, "normalize_": 2, "gradient_sums": 2, "input_gradient": 3}
+# Every tensor that a ResNet-50 normalises at 224 × 224: (channels, height).
+RESNET50 = (
+    *((64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28)),
+    *((256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7)),
+)
 NETWORKS = ("resnet50_iabn", "resnext101_iabn", "densenet121_iabn", "wider_resnet38_iabn")
 BUDGETS = (1.0, 0.99, 0.5)
 
@@ -57,12 +63,18 @@ def reference_kernels():
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
+    """On CUDA the device's own time: it sleeps until everything is queued, so that no launch is waited for."""
     if device == "cuda":
         torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(5_000_000)
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
     started = time.perf_counter()
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -99,6 +111,7 @@ def layer_case(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, 
         layers.pop("inplace_abn", None)
     target = torch.empty_like(source)
     copies, alone = [], []
+    single: dict[str, list[float]] = {}
     mean, var = ops.statistics(source)
     affine = (torch.ones_like(mean), torch.zeros_like(mean), None, 1e-5, 1, 0.01, False)
     for round_ in range(-arguments.warmup, arguments.rounds):
@@ -115,6 +128,17 @@ def layer_case(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, 
                 backward = seconds(lambda: made[0].backward(dy), device)
             if round_ >= 0:
                 rounds.setdefault(name, []).append((forward, backward))
+        sums = torch.zeros_like(mean)
+        operators: dict[str, Callable[[], object]] = {
+            "statistics": lambda: ops.statistics(source),
+            "normalize_": lambda: ops.normalize_(buffer, mean, var, *affine),
+            "gradient_sums": lambda: ops.gradient_sums(source, dy, *affine),
+            "input_gradient": lambda: ops.input_gradient(source, dy, var, sums, sums, False, *affine),
+        }
+        for name, run in operators.items():
+            share = PASSES_OF[name] * source.nbytes / seconds(run, device) / (2 * source.nbytes / copy)
+            if round_ >= 0:
+                single.setdefault(name, []).append(share)
         if round_ >= 0:
             copies.append(copy)
             alone.append(one + two)
@@ -143,7 +167,15 @@ def layer_case(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, 
             PASSES * size / a / (2 * size / c) for a, c in zip(alone, copies)
         ),
         "operators_alone_gb_per_s": kernel_rate / 1e9,
+        "share_of_copy": {name: statistics.median(shares) for name, shares in single.items()},
     }
+
+
+def shapes(arguments: Any) -> list[tuple[int, ...]]:
+    if arguments.shapes == "resnet50":
+        return [(32, channels, height, height) for channels, height in RESNET50]
+    scale = arguments.scale or (16 if arguments.device == "cuda" else 1)  # beyond the L2 cache of a GPU
+    return [(n * scale, *rest) for n, *rest in SHAPES]
 
 
 def layer(arguments: Any) -> dict[str, Any]:
@@ -151,13 +183,8 @@ def layer(arguments: Any) -> dict[str, Any]:
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
-            for shape in SHAPES:
-                case = layer_case(
-                    tuple(n * (arguments.scale if i == 0 else 1) for i, n in enumerate(shape)),
-                    dtype,
-                    channels_last,
-                    arguments,
-                )
+            for shape in shapes(arguments):
+                case = layer_case(shape, dtype, channels_last, arguments)
                 cases.append(case)
                 if not arguments.json:
                     show(case)
@@ -185,6 +212,8 @@ def show(case: dict[str, Any]) -> None:
         f"{case['copy_gb_per_s']:.1f} GB/s; operators alone {case['operators_alone_ms']:.2f} ms, "
         f"{100 * case['operators_alone_share_of_copy']:.0f} % of the copy's bandwidth over {PASSES} passes"
     )
+    each = ", ".join(f"{name} {100 * share:.0f} %" for name, share in case["share_of_copy"].items())
+    print(f"  of the copy's bandwidth over its own passes: {each}")
     for name, row in case["contenders"].items():
         print(
             f"  {name:<36} forward {row['forward_ms']:7.2f}  backward {row['backward_ms']:7.2f}  "
@@ -259,7 +288,10 @@ def main() -> int:
         if name == "layer":
             command.add_argument("--rounds", type=int, default=15)
             command.add_argument("--warmup", type=int, default=3)
-            command.add_argument("--scale", type=int, default=1, help="multiply the batch by this")
+            command.add_argument("--scale", type=int, help="multiply the batch by this (default: 1; on cuda 16)")
+            command.add_argument(
+                "--shapes", choices=("usual", "resnet50"), default="usual", help="resnet50: at batch 32"
+            )
         else:
             command.add_argument("--batch-size", type=int, default=4)
             command.add_argument("--networks", nargs="+", default=list(NETWORKS))

@@ -28,7 +28,8 @@ COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math"]
 DRIVER_FLAGS = ["-O1", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # it only prepares what the kernels do
 CUDA_DTYPES = ("f32", "f64", "bf16", "f16")
-CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Werror=all-warnings"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_STRICT = ["-Werror=all-warnings", "-Xptxas=-v"]  # for what is published
 # What a wheel carries: from Turing to Blackwell, and code that the driver compiles for what comes later.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 
@@ -56,9 +57,9 @@ class Recipe:
         return digest.hexdigest()[:16]
 
     def build(self, folder: Path) -> Path:
-        """The library, built in `folder`."""
+        """The library, built in `folder`, beside what the compilers said in build.log."""
         (folder / "build.ninja").write_text(self.ninja_file)
-        run([ninja(), "-C", str(folder)])
+        (folder / "build.log").write_text(run([ninja(), "-v", "-C", str(folder)]))
         return folder / f"{self.name}.so"
 
 
@@ -74,7 +75,11 @@ def run(command: list[str]) -> str:
         raise BuildError(f"{command[0]} cannot be run ({e.strerror})") from e
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
-        errors = [line for line in lines if "error" in line.lower()] or lines[-1:] or ["no output"]
+        errors = (
+            [line for line in lines if re.search(r"(?<![\w-])error\b", line, re.IGNORECASE)]
+            or lines[-1:]
+            or ["no output"]
+        )
         raise BuildError(f"{Path(command[0]).name} failed ({errors[0].strip()})")
     return done.stdout
 
@@ -210,7 +215,7 @@ def _ninja_file(name: str, cxx: str, nvcc: str, objects: list[str], libraries: l
         "rule nvcc",
         f"  command = {nvcc} -ccbin {cxx} $flags -c $in -o $out",
         "rule link",
-        f"  command = {cxx} -shared $in -o $out -L{torch_lib} {' '.join(libraries)} -Wl,-rpath,{torch_lib}",
+        f"  command = {cxx} -shared $in -o $out -L{torch_lib} {' '.join(libraries)}",
         *edges,
         f"build {name}.so: link {' '.join(f'{each}.o' for each in objects)}",
     ]

@@ -164,12 +164,12 @@ def test_output_has_dtype_and_strides_of_the_input(dtype, layout):
     torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("layer", [InPlaceABN(5), InPlaceABNSync(5)], ids=["iabn", "sync"])
+@pytest.mark.parametrize("kind", [InPlaceABN, InPlaceABNSync], ids=["iabn", "sync"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_input_is_overwritten(layer, layout):
+def test_input_is_overwritten(kind, layout):
     x = in_layout(torch.randn(2, 5, 3, 4), layout)
     before = x.clone()
-    y = layer(x)
+    y = kind(5)(x)
     assert y.data_ptr() == x.data_ptr()
     assert not torch.equal(x, before)
 
@@ -300,10 +300,10 @@ def test_empty_batch_gives_an_empty_output_and_zero_gradients(mode):
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1, 1)], ids=str)
-@pytest.mark.parametrize("layer", [InPlaceABN(4), ABN(4)], ids=["iabn", "abn"])
-def test_one_value_per_channel_is_refused_by_shape(layer, shape):
+@pytest.mark.parametrize("kind", [InPlaceABN, ABN], ids=["iabn", "abn"])
+def test_one_value_per_channel_is_refused_by_shape(kind, shape):
     with pytest.raises(ValueError, match=str(list(shape))[1:-1].replace("(", r"\(")):
-        layer(torch.randn(shape))
+        kind(4)(torch.randn(shape))
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_old_state_dict_without_batch_count_loads():
 
 def test_autocast_keeps_parameters_in_float32():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), InPlaceABN(8), nn.Conv2d(8, 8, 3), InPlaceABN(8, activation="elu"))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = network(torch.randn(2, 3, 12, 12))
     y.float().square().mean().backward()
     assert y.dtype == torch.bfloat16
@@ -491,14 +491,5 @@ def test_compiled_network_takes_any_batch_and_mode():
             x = torch.randn(batch, 3, 16, 16)
             torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "one graph per mode serves every batch"
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert compiled(torch.randn(4, 3, 16, 16)).dtype == torch.bfloat16
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_cuda_agrees_with_cpu(layout):
-    layer = InPlaceABN(16)
-    on_gpu = copy.deepcopy(layer).cuda()
-    x = in_layout(torch.randn(4, 16, 9, 9), layout)
-    torch.testing.assert_close(on_gpu(x.cuda()).cpu(), layer(x), rtol=1e-4, atol=1e-4)

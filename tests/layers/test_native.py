@@ -13,15 +13,17 @@ from iabn_hub.layers.activations import gradient, invert
 from .test_layer import LAYOUTS, in_layout
 
 
-@pytest.fixture(scope="module", autouse=True)
-def native():
+@pytest.fixture(autouse=True)
+def native(device):
     if os.environ.get("IABN_HUB_BACKEND") == "reference":
         pytest.skip("IABN_HUB_BACKEND=reference: there is nothing to compare with")
     try:
         building.compiler()
+        if device == "cuda":
+            building.cuda_home()
     except building.BuildError as e:
         pytest.skip(f"nothing to build the native kernels with: {e}")
-    status = extension.use_native("cpu")
+    status = extension.use_native(device)
     assert status.backend == "native", status.reason
 
 

@@ -15,9 +15,9 @@ CASES = json.loads((DATA / "layer.json").read_text())
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-@pytest.fixture(scope="module")
-def recorded():
-    return load_file(DATA / "layer.safetensors")
+@pytest.fixture
+def recorded(device):
+    return load_file(DATA / "layer.safetensors", device)
 
 
 def single_precision(value):

@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Build a wheel that carries the native kernels, so that its users need no compiler.
+
+    python tools/build_wheel.py                          CPU, and CUDA where a toolkit is found
+    python tools/build_wheel.py --libraries build/       only the libraries, into a folder
+
+The CPU library holds every instruction set, the CUDA library every architecture of the list, compressed, and PTX for
+GPUs to come. CUDA kernels that read 16 bytes at once may not spill registers; where others do, that is printed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from iabn_hub.layers import building
+
+ROOT = Path(__file__).parent.parent
+
+
+def recipe(device: str, architectures: list[str]) -> building.Recipe:
+    if device == "cpu":
+        return building.cpu_recipe(building.LEVELS if os.uname().machine == "x86_64" else None)
+    return building.cuda_recipe(architectures, building.CUDA_STRICT)
+
+
+def spills(log: str) -> tuple[list[str], list[str]]:
+    """(kernels that may not spill but do, others), as '<kernel> <width> of <dtype> for <architecture>'.
+
+    In the compiler's own names the width is the template's argument.
+    """
+    hot, others = [], []
+    dtype = architecture = "?"
+    kernel, width = "", 0
+    for line in log.splitlines():
+        if found := re.search(r"-DIABN_DTYPE=(\w+)", line):
+            dtype = found[1]
+        if found := re.search(
+            r"Compiling entry function '\w*?((?:planes|rows|finish)_[a-z_]+)(?:ILi(\d+)E)?.* for '(\w+)'", line
+        ):
+            kernel, width, architecture = found[1], int(found[2] or 0), found[3]
+        if (found := re.search(r"(\d+) bytes spill stores", line)) and int(found[1]):
+            widest = width == {"f32": 4, "f64": -1}.get(dtype, 8)  # float64 is for checks
+            (hot if widest else others).append(f"{kernel} {width} of {dtype} for {architecture}")
+    return hot, others
+
+
+def build(device: str, architectures: list[str], to: Path) -> None:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        built = recipe(device, architectures).build(Path(folder))
+        hot, others = spills((Path(folder) / "build.log").read_text())
+        if hot:
+            raise building.BuildError(f"hot kernels spill registers: {', '.join(hot)}")
+        shutil.copy(built, to / built.name)
+    size = (to / built.name).stat().st_size
+    detail = f" for {', '.join(architectures)}" if device == "cuda" else ""
+    print(f"{built.name}{detail}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s", flush=True)
+    if others:
+        print(f"  some registers spilled in kernels that are not hot: {', '.join(others)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda if it can be built"
+    )
+    parser.add_argument("--architectures", nargs="+", default=list(building.CUDA_ARCHITECTURES), metavar="X.Y")
+    parser.add_argument("--libraries", type=Path, metavar="FOLDER", help="write the libraries there, and no wheel")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheel (default: dist)")
+    arguments = parser.parse_args()
+    devices = arguments.devices
+    if devices is None:
+        devices = ["cpu"]
+        try:
+            building.cuda_home()
+            devices.append("cuda")
+        except building.BuildError as e:
+            print(f"without CUDA: {e}", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            libraries = arguments.libraries or Path(folder)
+            libraries.mkdir(parents=True, exist_ok=True)
+            for device in devices:
+                build(device, arguments.architectures, libraries)
+            if arguments.libraries:
+                return 0
+            command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(arguments.out), str(ROOT)]
+            subprocess.run(command, env=os.environ | {"IABN_HUB_NATIVE": str(libraries)}, check=True)
+    except (building.BuildError, subprocess.CalledProcessError, OSError) as e:
+        print(f"build_wheel: {e}", file=sys.stderr)
+        return 1
+    for wheel in sorted(arguments.out.glob("iabn_hub-*.whl"), key=lambda path: path.stat().st_mtime)[-1:]:
+        print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
