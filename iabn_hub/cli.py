@@ -233,8 +233,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
             print(f"  {key:<17} {', '.join(value) if isinstance(value, list) else value}")
         for name, device in facts["devices"].items():
             print(f"{name}: {device['backend']} kernels, {device['reason']}")
-            for key in ("library", "self_check"):
-                print(f"  {key:<17} {device[key]}")
+            for key in ("library", "loss", "self_check"):
+                if device[key]:
+                    print(f"  {key:<17} {device[key]}")
     return OK if facts["healthy"] else FAILED
 
 

@@ -12,6 +12,12 @@ from . import __version__
 from .layers import building, extension, ops, reference
 from .layers.activations import LEAKY_RELU
 
+# What a device without native kernels costs its user.
+LOSSES = {
+    "native": None,
+    "inductor": "operators compile for seconds in each process, and read tensors more often",
+    "reference": "the layer is several times slower",
+}
 TOLERANCE = 1e-4  # relative to the largest value, float32
 
 
@@ -50,7 +56,14 @@ def _device(name: str) -> dict[str, Any]:
     try:
         status = extension.use_native(name)
     except building.BuildError as e:
-        return {"backend": "none", "reason": str(e), "library": None, "healthy": False, "self_check": "not run"}
+        return {
+            "backend": "none",
+            "reason": str(e),
+            "library": None,
+            "loss": None,
+            "healthy": False,
+            "self_check": "not run",
+        }
     errors = compare(name)
     healthy = max(errors.values()) <= TOLERANCE
     worst = max(errors, key=lambda operator: errors[operator])
@@ -58,6 +71,7 @@ def _device(name: str) -> dict[str, Any]:
         "backend": status.backend,
         "reason": status.reason,
         "library": status.library,
+        "loss": LOSSES[status.backend],
         "healthy": healthy,
         "self_check": f"{'right' if healthy else 'WRONG'}: largest error {errors[worst]:.1e}, in {worst}",
     }

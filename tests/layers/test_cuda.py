@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, several devices, no waiting, memory. Other tests of the layer run there too."""
+"""What only a GPU can show: streams, graphs, several devices, no waiting, memory."""
 
 import copy
 

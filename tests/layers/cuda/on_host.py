@@ -24,12 +24,15 @@ POISON = 77.0
 def build(folder: Path, dtypes: dict[str, torch.dtype] = DTYPES, planted: tuple[str, str] | None = None) -> Path:
     """A library of the kernels, with the text `planted[0]` replaced by `planted[1]`."""
     csrc = building.sources()
+    places = 0
+    for name in ("iabn_cuda_kernels.cu", "iabn_cuda_parts.h"):
+        text = (csrc / name).read_text()
+        if planted:
+            places += text.count(planted[0])
+            text = text.replace(*planted)
+        (folder / name).write_text(text)
+    assert places == (1 if planted else 0), f"{places} places hold {planted}"
     kernels = folder / "iabn_cuda_kernels.cu"
-    text = (csrc / "iabn_cuda_kernels.cu").read_text()
-    if planted:
-        assert text.count(planted[0]) == 1, f"{text.count(planted[0])} places hold {planted[0]!r}"
-        text = text.replace(*planted)
-    kernels.write_text(text)
     compile_ = [
         building.compiler(), "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DIABN_ON_HOST",
         f"-I{csrc}", f"-I{HERE}",
