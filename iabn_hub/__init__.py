@@ -3,7 +3,17 @@
 Importing this package registers its models in timm. It compiles nothing and touches no network.
 """
 
-from .layers import ABN, InPlaceABN, InPlaceABNSync, inplace_abn, inplace_abn_sync
+from .layers import (
+    ABN,
+    InPlaceABN,
+    InPlaceABNSync,
+    active_group,
+    convert_local,
+    convert_sync,
+    inplace_abn,
+    inplace_abn_sync,
+    set_active_group,
+)
 from .models import create_model, list_models
 
 __version__ = "0.1.0"
@@ -13,8 +23,12 @@ __all__ = [
     "InPlaceABN",
     "InPlaceABNSync",
     "__version__",
+    "active_group",
+    "convert_local",
+    "convert_sync",
     "create_model",
     "inplace_abn",
     "inplace_abn_sync",
     "list_models",
+    "set_active_group",
 ]

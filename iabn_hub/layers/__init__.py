@@ -1,6 +1,17 @@
 """In-place activated batch normalisation: modules, functions, and the operators under them."""
 
+from .distributed import active_group, set_active_group
 from .functional import inplace_abn, inplace_abn_sync
-from .modules import ABN, InPlaceABN, InPlaceABNSync
+from .modules import ABN, InPlaceABN, InPlaceABNSync, convert_local, convert_sync
 
-__all__ = ["ABN", "InPlaceABN", "InPlaceABNSync", "inplace_abn", "inplace_abn_sync"]
+__all__ = [
+    "ABN",
+    "InPlaceABN",
+    "InPlaceABNSync",
+    "active_group",
+    "convert_local",
+    "convert_sync",
+    "inplace_abn",
+    "inplace_abn_sync",
+    "set_active_group",
+]

@@ -87,7 +87,9 @@ def inplace_abn_sync(
 ) -> Tensor:
     """`inplace_abn` with batch statistics over all processes of a group.
 
-    Batches may differ in size between the processes. Without a process group it is `inplace_abn`.
+    One collective in the forward pass, one in the backward pass if x needs a gradient, none in eval mode. Batches may
+    differ in size between the processes, and be empty. Without a process group, or outside of the group, it is
+    `inplace_abn`. The gradients of weight and bias are those of this process, as DistributedDataParallel expects.
 
     Args:
         group: a `torch.distributed` group, or None for the default one. The other arguments are those
@@ -95,7 +97,7 @@ def inplace_abn_sync(
     """
     return _forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
-        residual, inplace, signed_scale, distributed.Peers.of(group),
+        residual, inplace, signed_scale, distributed.Peers.of(group) if training else distributed.ALONE,
     )  # fmt: skip
 
 

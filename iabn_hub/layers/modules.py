@@ -1,5 +1,6 @@
 """The layers as modules: ABN, InPlaceABN and InPlaceABNSync, with the argument names of inplace_abn."""
 
+import copy
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activations import ACTIVATIONS, invertible_activation
+from .distributed import Peers
 from .functional import inplace_abn, inplace_abn_sync
 from .reference import effective_scale
 
@@ -252,13 +254,55 @@ class InPlaceABNSync(InPlaceABN):
             num_features, eps, momentum, affine, track_running_stats, activation, activation_param,
             signed_scale=signed_scale, inplace=inplace, device=device, dtype=dtype,
         )  # fmt: skip
-        self.group = group
+        self.set_group(group)
 
     @torch.jit.unused
     def set_group(self, group: Any) -> None:
         """Synchronise over `group` from now on; not between a forward pass and its backward pass."""
         self.group = group
+        self._compared = False  # with the other processes: what must be alike for the exchange
 
     @torch.jit.unused
     def _in_place(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+        if self.training and not self._compared and not torch.compiler.is_compiling():
+            peers = Peers.of(self.group)
+            if peers.count > 1:
+                peers.check_alike(x)
+            self._compared = peers.count > 1
         return inplace_abn_sync(x, residual=residual, group=self.group, **self._arguments())
+
+    @torch.jit.unused
+    def __deepcopy__(self, memo: Any) -> "InPlaceABNSync":
+        memo[id(self.group)] = self.group  # a group cannot be copied, and is the same for the copy
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+def convert_sync(module: nn.Module, group: Any = None) -> nn.Module:
+    """Replace every InPlaceABN within `module` by an InPlaceABNSync over `group`, with the same parameters.
+
+    Returns:
+        `module`, changed in place, or the new layer if `module` itself is one.
+    """
+    return _with_class(module, InPlaceABN, InPlaceABNSync, group)
+
+
+def convert_local(module: nn.Module) -> nn.Module:
+    """The way back: replace every InPlaceABNSync within `module` by an InPlaceABN, with the same parameters."""
+    return _with_class(module, InPlaceABNSync, InPlaceABN, None)
+
+
+def _with_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module], group: Any) -> nn.Module:
+    if type(module) is old:
+        converted = new.__new__(new)
+        converted.__dict__.update(module.__dict__)
+        if new is InPlaceABNSync:
+            converted.set_group(group)
+        else:
+            del converted.group, converted._compared
+        return converted
+    for name, child in module.named_children():
+        setattr(module, name, _with_class(child, old, new, group))
+    return module
