@@ -47,7 +47,8 @@ struct Act {
     if constexpr (activation == Activation::leaky_relu) return y < 0 ? y * inverse : y;
     if constexpr (activation == Activation::elu) {
       if constexpr (sizeof(V) == sizeof(T)) {
-        T z = y < T(0) ? T(std::log1p(y * inverse)) : y;
+        T ratio = y * inverse;  // below −1 where alpha was rounded up when it was stored
+        T z = y < T(0) ? T(std::log1p(ratio < T(-1) ? T(-1) : ratio)) : y;
         return z < lowest ? lowest : z;
       } else {
         for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) y[i] = invert(T(y[i]));
@@ -58,7 +59,10 @@ struct Act {
   template <typename V>
   IABN_HOST_DEVICE V gradient(V y, V dy) const {
     if constexpr (activation == Activation::leaky_relu) return y < 0 ? dy * param : dy;
-    if constexpr (activation == Activation::elu) return y < 0 ? dy * (y + param) : dy;
+    if constexpr (activation == Activation::elu) {
+      V slope = y + param;
+      return y < 0 ? dy * (slope < 0 ? V{} : slope) : dy;
+    }
     return dy;
   }
 };

@@ -56,7 +56,7 @@ std::optional<Operand> as_layout(const Tensor& t, bool rows) {
   if (rows) {
     if (o.channel != 1) return std::nullopt;
     o.inner = merged_stride(t, 0);
-    return o.inner < 0 ? std::nullopt : std::optional(o);
+    return o.inner > 0 ? std::optional(o) : std::nullopt;  // 0: rows that share memory, whose copy has another layout
   }
   o.inner = merged_stride(t, 2);
   o.outer = t.size(0) == 1 ? 0 : t.stride(0);
@@ -93,7 +93,8 @@ struct Work {
     Tensor like = s.rows || planes ? first : torch::stable::contiguous(first);
     s.outer = s.rows ? 1 : first.size(0);
     s.inner = first.numel() / s.channels / s.outer;
-    for (const Tensor* t : reads) add(t, like, true);
+    add(&like, like, true);
+    for (size_t k = 1; k < reads.size(); ++k) add(reads[k], like, true);
     for (Tensor* t : writes) {
       if (Tensor copy = add(t, like, false); copy.defined()) back.push_back({*t, copy});
     }
@@ -270,7 +271,7 @@ std::tuple<Tensor, Tensor> input_gradient(const Tensor& y, const Tensor& dy, con
   Tensor dx = torch::stable::empty_like(y);
   Tensor dz = want_dz ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
   if (y.numel() == 0) return {dx, dz};
-  Work work({&y, &dy, pointer(residual)}, {&dx, &dz});
+  Work work({&y, &dy, mean_dz ? pointer(residual) : nullptr}, {&dx, &dz});  // x̂ matters in training only
   const auto& o = work.operands;
   kernels_for(work.dtype)
       .input_gradient(work.launch, activation_options(activation, param, work.dtype),

@@ -48,17 +48,17 @@ struct Plan {
   int64_t width = 1, x = 1, y = 1, tiles = 1, parts = 1;
 };
 
-constexpr int64_t kBlockThreads = 256;
-constexpr int64_t kFusedThreads = 512;
-constexpr int64_t kBlocksPerProcessor = 8;  // at most: enough reads under way to cover the latency of memory
+constexpr int64_t kBlockThreads = 256;       // at most; more would leave a thread too few registers
+constexpr int64_t kBlocksPerProcessor = 4;  // as many as registers allow the kernels for rows
+constexpr int64_t kStaticShared = 2048;     // bytes that a fused block has beside its channel, the device's own included
 constexpr int64_t kReadsPerThread = 4;      // at least, before a channel is split: the partial results cost memory too
 
 // `alignment`: the largest power of two, up to 16, that divides every address a vector could start at, in bytes.
 inline Plan make_plan(const Shape& s, int64_t element_bytes, int64_t alignment, const Device& device) {
   Plan plan;
   int64_t most = 16 / element_bytes, along = s.rows ? s.channels : s.inner;
-  // The widths that are compiled: 16 bytes, one element, and for runs that are often 14·14 long 8 bytes of a half.
-  for (int64_t width : {most, int64_t(element_bytes == 2 && !s.rows ? 4 : 1), int64_t(1)}) {
+  // The widths that are compiled: 16 bytes, one element, and 8 bytes of halves, since runs are often 14·14 long.
+  for (int64_t width : {most, int64_t(element_bytes == 2 ? 4 : 1), int64_t(1)}) {
     plan.width = width;
     if (width * element_bytes <= alignment && along % width == 0) break;
   }
@@ -85,7 +85,7 @@ inline Plan make_plan(const Shape& s, int64_t element_bytes, int64_t alignment, 
 // have room for two blocks, one to read while the other writes, and there should be a block for most of them.
 inline int64_t fused_bytes(const Shape& s, int64_t element_bytes, int64_t tensors, const Device& device) {
   int64_t bytes = s.per_channel() * element_bytes * tensors;
-  bool fits = !s.rows && 2 * bytes <= device.shared_bytes && 2 * s.channels >= device.processors;
+  bool fits = !s.rows && 2 * (bytes + kStaticShared) <= device.shared_bytes && 2 * s.channels >= device.processors;
   return fits ? bytes : 0;
 }
 

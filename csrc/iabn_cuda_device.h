@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -32,10 +33,9 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("iabn_hub: CUDA: ") + cudaGetErrorString(error));
 }
 
-// A block may have more than 48 KiB of shared memory only if the kernel says so beforehand.
+// A block may have more than 48 KiB of shared memory, its static part included, only if the kernel says so beforehand.
 template <typename Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
-  if (bytes <= 48 << 10) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
@@ -72,6 +72,43 @@ IABN_DEVICE T narrow(A v) {
   if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
   else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
   else return v;
+}
+
+// One access for a whole vector, which the compiler would not make of a struct of elements.
+template <int bytes>
+struct Register;
+template <>
+struct Register<16> {
+  using type = uint4;
+};
+template <>
+struct Register<8> {
+  using type = uint2;
+};
+template <>
+struct Register<4> {
+  using type = unsigned;
+};
+template <>
+struct Register<2> {
+  using type = unsigned short;
+};
+
+template <typename Pack>
+IABN_DEVICE Pack read_vector(const void* from) {
+  using R = typename Register<sizeof(Pack)>::type;
+  R raw = *static_cast<const R*>(from);
+  Pack pack;
+  memcpy(&pack, &raw, sizeof(raw));
+  return pack;
+}
+
+template <typename Pack>
+IABN_DEVICE void write_vector(void* to, const Pack& pack) {
+  using R = typename Register<sizeof(Pack)>::type;
+  R raw;
+  memcpy(&raw, &pack, sizeof(raw));
+  __stcg(static_cast<R*>(to), raw);
 }
 
 template <typename A>

@@ -7,26 +7,54 @@
 // memory (`fused_*`) it is read once.
 //
 // Every reduction has a fixed order, given by the shape and the device: the same input gives the same bits.
+#include <algorithm>
+
 #include "iabn_cuda_parts.h"
 
 namespace iabn::cuda {
 namespace {
 
+// The vectors of y, dy and the residual at one place.
+template <int W>
+struct Gradients {
+  Pack<W> y, dy, r;
+
+  // Calls f(i, dz, z): z without the residual, which is what γ and β made of x̂.
+  template <typename F>
+  IABN_DEVICE void each(const Activated& act, F f) const {
+    Values<W> out = unpack(y), d = unpack(dy), residual = unpack(r);
+#pragma unroll
+    for (int i = 0; i < W; ++i) f(i, act.gradient(out.v[i], d.v[i]), act.invert(out.v[i]) - residual.v[i]);
+  }
+};
+
+template <int W>
+struct Inputs {
+  Pack<W> x, r;
+};
+
 // ---- channels in planes --------------------------------------------------------------------------------------------
+
+// Adds a vector to the distances of one channel.
+template <int W>
+IABN_DEVICE void add_vector(Distances& distances, const Pack<W>& pack) {
+  Values<W> v = unpack(pack);
+  distances.start(v.v[0]);
+  distances.count += W;
+#pragma unroll
+  for (int i = 0; i < W; ++i) distances.add(v.v[i]);
+}
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads) planes_moments(Shape s, Operand x, Moments<A>* partial) {
   Share share = share_of_block(slots<W>(s), true);
+  int64_t c = share.tile;
   Distances distances;
-  for_slots<W>(s, share.begin, share.end, [&](int64_t run, int64_t position, int64_t) {
-    Values<W> v = load<W>(x, in_plane(x, share.tile, run, position));
-    distances.start(v.v[0]);
-    distances.count += W;
-#pragma unroll
-    for (int i = 0; i < W; ++i) distances.add(v.v[i]);
-  });
-  Moments<A> moments = merge_block(distances.finished(origin(x, share.tile)));
-  if (threadIdx.x == 0) partial[share.part * s.channels + share.tile] = moments;
+  auto load_x = [&](int64_t slot) { return load<W>(x, Slot::number<W>(s, slot).in(x, c)); };
+  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_x,
+            [&](int64_t, const Pack<W>& pack) { add_vector(distances, pack); });
+  Moments<A> moments = merge_block(distances.finished(origin(x, c)));
+  if (threadIdx.x == 0) partial[share.part * s.channels + c] = moments;
 }
 
 template <int W>
@@ -35,12 +63,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   Share share = share_of_block(slots<W>(s), false);
   int64_t c = share.tile;
   A m = value(mean, c, 0), scale = scale_of(affine, c, value(var, c, 0)), bias = value(affine.bias, c, 0);
-  for_slots<W>(s, share.begin, share.end, [&](int64_t run, int64_t position, int64_t) {
-    Values<W> v = load<W>(x, in_plane(x, c, run, position));
-    Values<W> residual = residual_or_zero<W>(r, in_plane(r, c, run, position));
+  auto load_inputs = [&](int64_t slot) {
+    Slot at = Slot::number<W>(s, slot);
+    return Inputs<W>{load<W>(x, at.in(x, c)), load_any<W>(r, at.in(r, c))};
+  };
+  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_inputs, [&](int64_t slot, const Inputs<W>& in) {
+    Values<W> v = unpack(in.x), residual = unpack(in.r);
 #pragma unroll
     for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i], m, scale, bias, residual.v[i]);
-    store<W>(y, in_plane(y, c, run, position), v);
+    store(y, Slot::number<W>(s, slot).in(y, c), v);
   });
 }
 
@@ -51,38 +82,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   int64_t c = share.tile;
   Recovery recovery(affine, c);
   Sums sums;
-  for_slots<W>(s, share.begin, share.end, [&](int64_t run, int64_t position, int64_t) {
-    Values<W> out = load<W>(y, in_plane(y, c, run, position)), d = load<W>(dy, in_plane(dy, c, run, position));
-    Values<W> residual = residual_or_zero<W>(r, in_plane(r, c, run, position));
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      A z = act.invert(out.v[i]) - residual.v[i];
-      sums.add(act.gradient(out.v[i], d.v[i]), recovered(z, recovery.inverse, recovery.offset));
-    }
+  auto load_gradients = [&](int64_t slot) {
+    Slot at = Slot::number<W>(s, slot);
+    return Gradients<W>{load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
+  };
+  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_gradients, [&](int64_t, const Gradients<W>& g) {
+    g.each(act, [&](int, A dz, A z) { sums.add(dz, recovered(z, recovery.inverse, recovery.offset)); });
   });
   sums = merge_block(sums);
   if (threadIdx.x == 0) partial[share.part * s.channels + c] = sums;
-}
-
-// dx, and dz where it is asked for, of one vector whose operands begin at these offsets.
-template <int W>
-IABN_DEVICE void write_gradient(const Activated& act, bool centred, const Values<W>& out, const Values<W>& d,
-                                const Values<W>& residual, const A* scale, const A* slope, const A* intercept,
-                                int each, const Operand& dx, int64_t dx_at, const Operand& dz, int64_t dz_at) {
-  Values<W> gradient, dz_values;
-#pragma unroll
-  for (int i = 0; i < W; ++i) {
-    int k = each * i;
-    A dz_value = act.gradient(out.v[i], d.v[i]);
-    dz_values.v[i] = dz_value;
-    gradient.v[i] = dz_value * scale[k];
-    if (centred) {
-      A z = act.invert(out.v[i]) - residual.v[i];
-      gradient.v[i] = gradient_of_x(dz_value, z, scale[k], slope[k], intercept[k]);
-    }
-  }
-  store<W>(dx, dx_at, gradient);
-  if (dz.data != nullptr) store<W>(dz, dz_at, dz_values);
 }
 
 template <int W>
@@ -91,20 +99,27 @@ __global__ void __launch_bounds__(kBlockThreads)
                     Vector var, Vector mean_dz, Vector mean_dz_xhat, A mean_share) {
   Share share = share_of_block(slots<W>(s), false);
   int64_t c = share.tile;
-  bool centred = mean_dz.data != nullptr;
-  Gradient g(affine, c, value(var, c, 0), centred, value(mean_dz, c, 0) * mean_share,
-             value(mean_dz_xhat, c, 0) * mean_share);
-  for_slots<W>(s, share.begin, share.end, [&](int64_t run, int64_t position, int64_t) {
-    Values<W> out = load<W>(y, in_plane(y, c, run, position)), d = load<W>(dy, in_plane(dy, c, run, position));
-    Values<W> residual = residual_or_zero<W>(r, in_plane(r, c, run, position));
-    write_gradient<W>(act, centred, out, d, residual, &g.scale, &g.slope, &g.intercept, 0, dx,
-                      in_plane(dx, c, run, position), dz, in_plane(dz, c, run, position));
+  Gradient gradient(affine, c, value(var, c, 0), mean_dz.data != nullptr, value(mean_dz, c, 0) * mean_share,
+                    value(mean_dz_xhat, c, 0) * mean_share);
+  auto load_gradients = [&](int64_t slot) {
+    Slot at = Slot::number<W>(s, slot);
+    return Gradients<W>{load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
+  };
+  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_gradients, [&](int64_t slot, const Gradients<W>& g) {
+    Values<W> dx_values, dz_values;
+    g.each(act, [&](int i, A dz_value, A z) {
+      dz_values.v[i] = dz_value;
+      dx_values.v[i] = gradient.of(dz_value, z);
+    });
+    Slot at = Slot::number<W>(s, slot);
+    store(dx, at.in(dx, c), dx_values);
+    if (dz.data != nullptr) store(dz, at.in(dz, c), dz_values);
   });
 }
 
-// A channel in shared memory, one block per channel.
+// A channel in shared memory, one block per channel; each thread comes back to the vectors that it has put there itself.
 template <int W>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     planes_fused_forward(Shape s, Activated act, Affine affine, Operand x, Operand r, Operand y, A* mean, A* var) {
   IABN_DYNAMIC_SHARED(kept);
   Pack<W>* packs = reinterpret_cast<Pack<W>*>(kept);
@@ -112,52 +127,49 @@ __global__ void __launch_bounds__(kFusedThreads)
   int64_t c = blockIdx.x;
   A first = origin(x, c);
   Distances distances;
-  for_slots<W>(s, 0, slots<W>(s), [&](int64_t run, int64_t position, int64_t slot) {
-    Pack<W> pack = *reinterpret_cast<const Pack<W>*>(static_cast<const T*>(x.data) + in_plane(x, c, run, position));
+  auto load_x = [&](int64_t slot) { return load<W>(x, Slot::number<W>(s, slot).in(x, c)); };
+  pipelined(threadIdx.x, slots<W>(s), blockDim.x, load_x, [&](int64_t slot, const Pack<W>& pack) {
     packs[slot] = pack;
-    Values<W> v = unpack<W>(pack);
-    distances.start(v.v[0]);
-    distances.count += W;
-#pragma unroll
-    for (int i = 0; i < W; ++i) distances.add(v.v[i]);
+    add_vector(distances, pack);
   });
   Moments<A> moments = merge_block(distances.finished(first));
   if (threadIdx.x == 0) {
-    moments.mean += first;
     *all = moments;
-    mean[c] = moments.mean;
+    mean[c] = first + moments.mean;
     var[c] = moments.m2 / moments.count;
   }
   __syncthreads();
+  // The mean stays a distance from the first value: x − first is exact where the mean is large.
   A m = all->mean, scale = scale_of(affine, c, all->m2 / all->count), bias = value(affine.bias, c, 0);
-  for_slots<W>(s, 0, slots<W>(s), [&](int64_t run, int64_t position, int64_t slot) {  // its own vectors again
-    Values<W> v = unpack<W>(packs[slot]), residual = residual_or_zero<W>(r, in_plane(r, c, run, position));
+  auto load_inputs = [&](int64_t slot) {
+    return Inputs<W>{read_vector<Pack<W>>(packs + slot), load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
+  };
+  pipelined<1>(threadIdx.x, slots<W>(s), blockDim.x, load_inputs, [&](int64_t slot, const Inputs<W>& in) {
+    Values<W> v = unpack(in.x), residual = unpack(in.r);
 #pragma unroll
-    for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i], m, scale, bias, residual.v[i]);
-    store<W>(y, in_plane(y, c, run, position), v);
+    for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i] - first, m, scale, bias, residual.v[i]);
+    store(y, Slot::number<W>(s, slot).in(y, c), v);
   });
 }
 
 template <int W>
-__global__ void __launch_bounds__(kFusedThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     planes_fused_backward(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Operand dx,
                           Operand dz, Vector var, A* sum_dz, A* sum_dz_xhat) {
   IABN_DYNAMIC_SHARED(kept);
-  Pack<W>*outs = reinterpret_cast<Pack<W>*>(kept), *ds = outs + slots<W>(s);
+  Pack<W>*ys = reinterpret_cast<Pack<W>*>(kept), *dys = ys + slots<W>(s);
   IABN_SHARED(Sums, all, 1);
   int64_t c = blockIdx.x;
   Recovery recovery(affine, c);
   Sums sums;
-  for_slots<W>(s, 0, slots<W>(s), [&](int64_t run, int64_t position, int64_t slot) {
-    outs[slot] = *reinterpret_cast<const Pack<W>*>(static_cast<const T*>(y.data) + in_plane(y, c, run, position));
-    ds[slot] = *reinterpret_cast<const Pack<W>*>(static_cast<const T*>(dy.data) + in_plane(dy, c, run, position));
-    Values<W> out = unpack<W>(outs[slot]), d = unpack<W>(ds[slot]);
-    Values<W> residual = residual_or_zero<W>(r, in_plane(r, c, run, position));
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      A z = act.invert(out.v[i]) - residual.v[i];
-      sums.add(act.gradient(out.v[i], d.v[i]), recovered(z, recovery.inverse, recovery.offset));
-    }
+  auto load_gradients = [&](int64_t slot) {
+    Slot at = Slot::number<W>(s, slot);
+    return Gradients<W>{load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
+  };
+  pipelined(threadIdx.x, slots<W>(s), blockDim.x, load_gradients, [&](int64_t slot, const Gradients<W>& g) {
+    ys[slot] = g.y;
+    dys[slot] = g.dy;
+    g.each(act, [&](int, A dz_value, A z) { sums.add(dz_value, recovered(z, recovery.inverse, recovery.offset)); });
   });
   sums = merge_block(sums);
   if (threadIdx.x == 0) {
@@ -167,11 +179,20 @@ __global__ void __launch_bounds__(kFusedThreads)
   }
   __syncthreads();
   A count = A(s.per_channel());
-  Gradient g(affine, c, value(var, c, 0), true, all->dz / count, all->product / count);
-  for_slots<W>(s, 0, slots<W>(s), [&](int64_t run, int64_t position, int64_t slot) {
-    Values<W> residual = residual_or_zero<W>(r, in_plane(r, c, run, position));
-    write_gradient<W>(act, true, unpack<W>(outs[slot]), unpack<W>(ds[slot]), residual, &g.scale, &g.slope,
-                      &g.intercept, 0, dx, in_plane(dx, c, run, position), dz, in_plane(dz, c, run, position));
+  Gradient gradient(affine, c, value(var, c, 0), true, all->dz / count, all->product / count);
+  auto load_kept = [&](int64_t slot) {
+    return Gradients<W>{read_vector<Pack<W>>(ys + slot), read_vector<Pack<W>>(dys + slot),
+                        load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
+  };
+  pipelined<1>(threadIdx.x, slots<W>(s), blockDim.x, load_kept, [&](int64_t slot, const Gradients<W>& g) {
+    Values<W> dx_values, dz_values;
+    g.each(act, [&](int i, A dz_value, A z) {
+      dz_values.v[i] = dz_value;
+      dx_values.v[i] = gradient.of(dz_value, z);
+    });
+    Slot at = Slot::number<W>(s, slot);
+    store(dx, at.in(dx, c), dx_values);
+    if (dz.data != nullptr) store(dz, at.in(dz, c), dz_values);
   });
 }
 
@@ -183,26 +204,25 @@ IABN_DEVICE int64_t first_channel(int64_t tile) {
   return (tile * blockDim.x + threadIdx.x) * W;
 }
 
-IABN_DEVICE int64_t in_row(const Operand& o, int64_t row, int64_t c) { return row * o.inner + c; }
-
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads) rows_moments(Shape s, Operand x, Moments<A>* partial) {
   Share share = share_of_block(s.inner, true);
   int64_t c = first_channel<W>(share.tile);
-  Distances distances[W];
+  Moments<A> moments[W];
   if (c < s.channels) {
-    for (int64_t row = share.begin + threadIdx.y; row < share.end; row += blockDim.y) {
-      Values<W> v = load<W>(x, in_row(x, row, c));
+    Distances distances[W];
+    auto load_x = [&](int64_t row) { return load<W>(x, in_row(x, row, c)); };
+    pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_x, [&](int64_t, const Pack<W>& pack) {
+      Values<W> v = unpack(pack);
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         distances[i].start(v.v[i]);
         distances[i].count += 1;
         distances[i].add(v.v[i]);
       }
-    }
+    });
+    for (int i = 0; i < W; ++i) moments[i] = distances[i].finished(origin(x, c + i));
   }
-  Moments<A> moments[W];
-  for (int i = 0; i < W && c < s.channels; ++i) moments[i] = distances[i].finished(origin(x, c + i));
   merge_columns<kBlockThreads>(moments);
   if (threadIdx.y == 0 && c < s.channels) {
     for (int i = 0; i < W; ++i) partial[share.part * s.channels + c + i] = moments[i];
@@ -221,12 +241,15 @@ __global__ void __launch_bounds__(kBlockThreads)
     scale[i] = scale_of(affine, c + i, value(var, c + i, 0));
     bias[i] = value(affine.bias, c + i, 0);
   }
-  for (int64_t row = share.begin + threadIdx.y; row < share.end; row += blockDim.y) {
-    Values<W> v = load<W>(x, in_row(x, row, c)), residual = residual_or_zero<W>(r, in_row(r, row, c));
+  auto load_inputs = [&](int64_t row) {
+    return Inputs<W>{load<W>(x, in_row(x, row, c)), load_any<W>(r, in_row(r, row, c))};
+  };
+  pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_inputs, [&](int64_t row, const Inputs<W>& in) {
+    Values<W> v = unpack(in.x), residual = unpack(in.r);
 #pragma unroll
     for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i], m[i], scale[i], bias[i], residual.v[i]);
-    store<W>(y, in_row(y, row, c), v);
-  }
+    store(y, in_row(y, row, c), v);
+  });
 }
 
 template <int W>
@@ -241,15 +264,13 @@ __global__ void __launch_bounds__(kBlockThreads)
       Recovery recovery(affine, c + i);
       inverse[i] = recovery.inverse, offset[i] = recovery.offset;
     }
-    for (int64_t row = share.begin + threadIdx.y; row < share.end; row += blockDim.y) {
-      Values<W> out = load<W>(y, in_row(y, row, c)), d = load<W>(dy, in_row(dy, row, c));
-      Values<W> residual = residual_or_zero<W>(r, in_row(r, row, c));
-#pragma unroll
-      for (int i = 0; i < W; ++i) {
-        A z = act.invert(out.v[i]) - residual.v[i];
-        sums[i].add(act.gradient(out.v[i], d.v[i]), recovered(z, inverse[i], offset[i]));
-      }
-    }
+    auto load_gradients = [&](int64_t row) {
+      return Gradients<W>{load<W>(y, in_row(y, row, c)), load<W>(dy, in_row(dy, row, c)),
+                          load_any<W>(r, in_row(r, row, c))};
+    };
+    pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_gradients, [&](int64_t, const Gradients<W>& g) {
+      g.each(act, [&](int i, A dz, A z) { sums[i].add(dz, recovered(z, inverse[i], offset[i])); });
+    });
   }
   merge_columns<kBlockThreads>(sums);
   if (threadIdx.y == 0 && c < s.channels) {
@@ -265,18 +286,24 @@ __global__ void __launch_bounds__(kBlockThreads)
   int64_t c = first_channel<W>(share.tile);
   if (c >= s.channels) return;
   bool centred = mean_dz.data != nullptr;
-  A scale[W], slope[W], intercept[W];
+  Gradient gradient[W];
   for (int i = 0; i < W; ++i) {
-    Gradient g(affine, c + i, value(var, c + i, 0), centred, value(mean_dz, c + i, 0) * mean_share,
-               value(mean_dz_xhat, c + i, 0) * mean_share);
-    scale[i] = g.scale, slope[i] = g.slope, intercept[i] = g.intercept;
+    gradient[i] = Gradient(affine, c + i, value(var, c + i, 0), centred, value(mean_dz, c + i, 0) * mean_share,
+                           value(mean_dz_xhat, c + i, 0) * mean_share);
   }
-  for (int64_t row = share.begin + threadIdx.y; row < share.end; row += blockDim.y) {
-    Values<W> out = load<W>(y, in_row(y, row, c)), d = load<W>(dy, in_row(dy, row, c));
-    Values<W> residual = residual_or_zero<W>(r, in_row(r, row, c));
-    write_gradient<W>(act, centred, out, d, residual, scale, slope, intercept, 1, dx, in_row(dx, row, c), dz,
-                      in_row(dz, row, c));
-  }
+  auto load_gradients = [&](int64_t row) {
+    return Gradients<W>{load<W>(y, in_row(y, row, c)), load<W>(dy, in_row(dy, row, c)),
+                        load_any<W>(r, in_row(r, row, c))};
+  };
+  pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_gradients, [&](int64_t row, const Gradients<W>& g) {
+    Values<W> dx_values, dz_values;
+    g.each(act, [&](int i, A dz_value, A z) {
+      dz_values.v[i] = dz_value;
+      dx_values.v[i] = gradient[i].of(dz_value, z);
+    });
+    store(dx, in_row(dx, row, c), dx_values);
+    if (dz.data != nullptr) store(dz, in_row(dz, row, c), dz_values);
+  });
 }
 
 // ---- partial results -----------------------------------------------------------------------------------------------
@@ -328,6 +355,11 @@ void with_width(const Launch& l, F f) {
 
 dim3 grid(const Launch& l) { return dim3(unsigned(l.plan.tiles), unsigned(l.plan.parts)); }
 dim3 block(const Launch& l) { return dim3(unsigned(l.plan.x), unsigned(l.plan.y)); }
+// A thread of a fused kernel has about eight vectors, so that a small channel does not keep threads without work.
+dim3 fused_block(const Launch& l) {
+  int64_t vectors = l.shape.per_channel() / l.plan.width;
+  return dim3(unsigned(std::clamp<int64_t>((vectors / 8 + 31) / 32 * 32, 64, kBlockThreads)));
+}
 dim3 finish_grid(const Launch& l) { return dim3(unsigned((l.shape.channels + kFinishChannels - 1) / kFinishChannels)); }
 
 void statistics(const Launch& l, Operand x, void* mean, void* var) {
@@ -358,7 +390,7 @@ void fused_forward(const Launch& l, const ActivationOptions& options, const Affi
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
     allow_shared(planes_fused_forward<W>, l.fused_bytes);
-    IABN_LAUNCH((planes_fused_forward<W>), dim3(unsigned(l.shape.channels)), dim3(kFusedThreads), l.fused_bytes,
+    IABN_LAUNCH((planes_fused_forward<W>), dim3(unsigned(l.shape.channels)), fused_block(l), l.fused_bytes,
                 l.stream, l.shape, act, affine, x, r, y, static_cast<A*>(mean), static_cast<A*>(var));
   });
 }
@@ -397,7 +429,7 @@ void fused_backward(const Launch& l, const ActivationOptions& options, const Aff
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
     allow_shared(planes_fused_backward<W>, l.fused_bytes);
-    IABN_LAUNCH((planes_fused_backward<W>), dim3(unsigned(l.shape.channels)), dim3(kFusedThreads), l.fused_bytes,
+    IABN_LAUNCH((planes_fused_backward<W>), dim3(unsigned(l.shape.channels)), fused_block(l), l.fused_bytes,
                 l.stream, l.shape, act, affine, y, dy, r, dx, dz, var, static_cast<A*>(sum_dz),
                 static_cast<A*>(sum_dz_xhat));
   });

@@ -47,14 +47,17 @@ struct Recovery {
 
 // dx of a channel from dz and z
 struct Gradient {
-  A scale, slope = 0, intercept = 0;
+  A scale, slope, intercept;
+  bool centred;  // else in eval mode, where z may be infinite
 
+  Gradient() = default;
   IABN_DEVICE Gradient(const Affine& affine, int64_t c, A var, bool centred, A mean_dz, A mean_dz_xhat)
-      : scale(scale_of(affine, c, var)) {
+      : scale(scale_of(affine, c, var)), slope(0), intercept(0), centred(centred) {
     if (!centred) return;
     slope = -scale * mean_dz_xhat / gamma_of(affine, c);
     intercept = -scale * mean_dz - value(affine.bias, c, 0) * slope;
   }
+  IABN_DEVICE A of(A dz, A z) const { return centred ? gradient_of_x(dz, z, scale, slope, intercept) : dz * scale; }
 };
 
 // The activation as chosen when a kernel is launched: the branch is the same for all threads.
@@ -94,8 +97,14 @@ IABN_DEVICE Values<W> unpack(const Pack<W>& pack) {
 }
 
 template <int W>
-IABN_DEVICE Values<W> load(const Operand& o, int64_t offset) {
-  return unpack(*reinterpret_cast<const Pack<W>*>(static_cast<const T*>(o.data) + offset));
+IABN_DEVICE Pack<W> load(const Operand& o, int64_t offset) {
+  return read_vector<Pack<W>>(static_cast<const T*>(o.data) + offset);
+}
+
+// Zeros where there is no operand, such as no residual.
+template <int W>
+IABN_DEVICE Pack<W> load_any(const Operand& o, int64_t offset) {
+  return o.data == nullptr ? Pack<W>{} : load<W>(o, offset);
 }
 
 template <int W>
@@ -103,7 +112,7 @@ IABN_DEVICE void store(const Operand& o, int64_t offset, const Values<W>& values
   Pack<W> pack;
 #pragma unroll
   for (int i = 0; i < W; ++i) pack.v[i] = narrow<T>(values.v[i]);
-  *reinterpret_cast<Pack<W>*>(static_cast<T*>(o.data) + offset) = pack;
+  write_vector(static_cast<T*>(o.data) + offset, pack);
 }
 
 // ---- sums that can be merged ---------------------------------------------------------------------------------------
@@ -189,25 +198,43 @@ IABN_DEVICE void merge_columns(Item (&items)[W]) {
 
 // ---- walks ---------------------------------------------------------------------------------------------------------
 
-// Calls f(run, position, slot) for this thread's vectors of a share of one channel: slots [begin, end) of all its runs.
-template <int W, typename F>
-IABN_DEVICE void for_slots(const Shape& s, int64_t begin, int64_t end, F f) {
-  uint32_t per_run = uint32_t(s.inner / W);
-  for (int64_t slot = begin + threadIdx.x; slot < end; slot += blockDim.x) {
-    uint32_t run = uint32_t(slot) / per_run;
-    f(int64_t(run), int64_t(uint32_t(slot) - run * per_run) * W, slot);
+constexpr int kUnderWay = 2;  // vectors of each operand that a thread has asked for before it uses the first
+
+// Calls use(i, load(i)) for i from `begin` in steps to `end`, with several loads under way.
+template <int under_way = kUnderWay, typename Load, typename Use>
+IABN_DEVICE void pipelined(int64_t begin, int64_t end, int64_t step, Load load, Use use) {
+  for (int64_t first = begin; first < end; first += under_way * step) {
+    decltype(load(begin)) loaded[under_way];
+#pragma unroll
+    for (int u = 0; u < under_way; ++u) {
+      if (first + u * step < end) loaded[u] = load(first + u * step);
+    }
+#pragma unroll
+    for (int u = 0; u < under_way; ++u) {
+      if (first + u * step < end) use(first + u * step, loaded[u]);
+    }
   }
 }
+
+// A vector of one channel: number `slot` of all its runs.
+struct Slot {
+  int64_t run, position;
+
+  template <int W>
+  IABN_DEVICE static Slot number(const Shape& s, int64_t slot) {
+    uint32_t per_run = uint32_t(s.inner / W), run = uint32_t(slot) / per_run;
+    return {int64_t(run), int64_t(uint32_t(slot) - run * per_run) * W};
+  }
+  // Where it lies in an operand.
+  IABN_DEVICE int64_t in(const Operand& o, int64_t c) const { return run * o.outer + c * o.channel + position; }
+};
 
 template <int W>
 IABN_DEVICE int64_t slots(const Shape& s) {
   return s.per_channel() / W;
 }
 
-// Offset of a vector of channel c in an operand.
-IABN_DEVICE int64_t in_plane(const Operand& o, int64_t c, int64_t run, int64_t position) {
-  return run * o.outer + c * o.channel + position;
-}
+IABN_DEVICE int64_t in_row(const Operand& o, int64_t row, int64_t c) { return row * o.inner + c; }
 
 struct Share {
   int64_t tile, begin, end, part;
@@ -221,11 +248,6 @@ IABN_DEVICE Share share_of_block(int64_t count, bool backward) {
 }
 
 // ---- formulas of one vector ----------------------------------------------------------------------------------------
-
-template <int W>
-IABN_DEVICE Values<W> residual_or_zero(const Operand& r, int64_t offset) {
-  return r.data == nullptr ? Values<W>{} : load<W>(r, offset);
-}
 
 // act((x − mean)·scale + β [+ r])
 IABN_DEVICE A forward(const Activated& act, A x, A mean, A scale, A bias, A r) {

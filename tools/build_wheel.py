@@ -9,6 +9,7 @@ GPUs to come. CUDA kernels that read 16 bytes at once may not spill registers; w
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,27 @@ def spills(log: str) -> tuple[list[str], list[str]]:
     return hot, others
 
 
+def check_wide_accesses(folder: Path) -> None:
+    """Kernels for the widest vectors of bfloat16 must read and write 16 bytes at once.
+
+    Raises:
+        BuildError: one does not; it would run, at a fraction of its speed.
+    """
+    code = folder / "bf16.ptx"
+    source = building.sources() / "iabn_cuda_kernels.cu"
+    nvcc = building.cuda_home() / "bin" / "nvcc"
+    building.run(
+        [str(nvcc), "-std=c++20", "-O3", "-arch=compute_80", "-DIABN_DTYPE=bf16", "-ptx", str(source), "-o", str(code)]
+    )
+    for body in code.read_text().split(".entry ")[1:]:
+        name = re.search(r"((?:planes|rows)_[a-z_]+)ILi8E", body.partition("(")[0])
+        if not name:
+            continue
+        writes = not name[1].endswith(("moments", "sums"))
+        if not re.search(r"ld\.global\S*\.v4", body) or (writes and not re.search(r"st\.global\S*\.v4", body)):
+            raise building.BuildError(f"{name[1]} does not access 16 bytes at once")
+
+
 def build(device: str, architectures: list[str], to: Path) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +79,10 @@ def build(device: str, architectures: list[str], to: Path) -> None:
         hot, others = spills((Path(folder) / "build.log").read_text())
         if hot:
             raise building.BuildError(f"hot kernels spill registers: {', '.join(hot)}")
+        if device == "cuda":
+            check_wide_accesses(Path(folder))
+            facts = {"cuda": building.cuda_major(), "architectures": architectures}
+            (to / "iabn_cuda.json").write_text(json.dumps(facts))
         shutil.copy(built, to / built.name)
     size = (to / built.name).stat().st_size
     detail = f" for {', '.join(architectures)}" if device == "cuda" else ""

@@ -15,7 +15,7 @@ class NativeLibraries(BuildHookInterface):
         folder = os.environ.get("IABN_HUB_NATIVE")
         if not folder:
             return
-        for path in sorted(Path(folder).glob("iabn_*.so")):
+        for path in sorted(Path(folder).glob("iabn_*")):
             build_data["force_include"][str(path)] = f"iabn_hub/_native/{path.name}"
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         # torch's stable ABI knows nothing of Python: one wheel serves every Python, and every torch from 2.10 on.

@@ -42,13 +42,13 @@ def activate_(z: Tensor, activation: int, param: float) -> Tensor:
 def invert(y: Tensor, activation: int, param: float, eps: float) -> Tensor:
     """act⁻¹(y) as a new tensor; `eps` is the machine epsilon of the dtype that y was stored in.
 
-    A saturated ELU is stored as exactly -alpha, whose inverse is -inf. The largest z that rounds
+    A saturated ELU is stored as -alpha, rounded, whose inverse is -inf or none. The largest z that rounds
     there, log(eps / 4), stands in for it, so that x̂ stays finite (its gradient is 0 anyway).
     """
     if activation == LEAKY_RELU:
         return torch.where(y < 0, y / param, y)
     if activation == ELU:
-        return torch.where(y < 0, torch.log1p(y / param).clamp(min=math.log(eps / 4)), y)
+        return torch.where(y < 0, torch.log1p((y / param).clamp(min=-1)).clamp(min=math.log(eps / 4)), y)
     return y.clone()
 
 
@@ -57,5 +57,5 @@ def gradient(y: Tensor, dy: Tensor, activation: int, param: float) -> Tensor:
     if activation == LEAKY_RELU:
         return torch.where(y < 0, dy * param, dy)
     if activation == ELU:
-        return torch.where(y < 0, dy * (y + param), dy)
+        return torch.where(y < 0, dy * (y + param).clamp(min=0), dy)
     return dy.clone()

@@ -128,22 +128,42 @@ def cuda_home() -> Path:
         Path("/usr/local/cuda"),
         *([Path(on_path).resolve().parent.parent] if on_path else []),
     ]
+    why = "the folder that holds bin/nvcc and lib64/libcudart_static.a"
     for home in places:
-        libraries = [path for folder in ("lib64", "lib") for path in (home / folder).glob("libcudart*")]
-        if (home / "bin" / "nvcc").is_file() and libraries:
-            found = re.search(r"release (\d+)\.", run([str(home / "bin" / "nvcc"), "--version"]))
-            wanted = (torch.version.cuda or "").split(".")[0]
-            if found and wanted and found[1] != wanted:
-                raise BuildError(
-                    f"{home} is CUDA {found[1]}, but torch is built with CUDA {torch.version.cuda}; "
-                    f"set CUDA_HOME to the folder of a CUDA {wanted} toolkit"
-                )
+        if not ((home / "bin" / "nvcc").is_file() and cudart_folder(home)):
+            continue
+        found = re.search(r"release (\d+)\.", run([str(home / "bin" / "nvcc"), "--version"]))
+        if found and found[1] == cuda_major():
             return home
+        release = found[1] if found else "?"
+        why = f"{home} is CUDA {release}, but torch is built with CUDA {torch.version.cuda}"
     looked = ", ".join(map(str, places))
     raise BuildError(
-        f"no CUDA toolkit was found (looked in {looked}); install one with nvcc, or set CUDA_HOME to its own folder, "
-        "the one that holds bin/nvcc and lib64/libcudart"
+        f"no CUDA {cuda_major()} toolkit was found (looked in {looked}); install one with nvcc, or set CUDA_HOME to "
+        f"its own folder ({why})"
     )
+
+
+def cuda_major() -> str:
+    """Of the CUDA that torch is built with, such as '13'; empty without."""
+    return (torch.version.cuda or "").partition(".")[0]
+
+
+def cudart_folder(home: Path) -> Path | None:
+    """Where a toolkit has the runtime library that is linked into ours."""
+    folders = (home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib")
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
+def covers(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures runs on a GPU of that compute capability."""
+    for architecture in architectures:
+        major, minor = map(int, architecture.removesuffix("+PTX").split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if architecture.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False
 
 
 # ---- recipes ---------------------------------------------------------------------------------------------------------
@@ -188,7 +208,7 @@ def cuda_recipe(architectures: Iterable[str], extra: Iterable[str] = ()) -> Reci
         flags = [*CUDA_FLAGS, *codes, *extra, f"-DIABN_DTYPE={dtype}"]
         edges.append(_edge("nvcc", dtype, csrc / "iabn_cuda_kernels.cu", flags))
     # The runtime is linked statically: it serves whatever CUDA runtime of the same major version torch brings.
-    libraries = [f"-L{_quoted(home / 'lib64')}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    libraries = [f"-L{_quoted(cudart_folder(home) or home)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     libraries += ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda"]
     nvcc = str(home / "bin" / "nvcc")
     text = _ninja_file("iabn_cuda", cxx, nvcc, ["driver", *CUDA_DTYPES], libraries, edges)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ import filelock
 import torch
 from torch.utils._triton import has_triton
 
-from .building import PACKAGE, BuildError, Recipe, cpu_recipe, cuda_recipe
+from .building import PACKAGE, BuildError, Recipe, covers, cpu_recipe, cuda_major, cuda_recipe
 
 _logger = logging.getLogger(__name__)
 
@@ -82,10 +83,17 @@ def _library(device_type: str) -> tuple[Path, str]:
     if device_type not in ("cpu", "cuda") or (device_type == "cuda" and torch.version.cuda is None):
         raise BuildError(f"there are no native kernels for {device_type} with this torch")
     prebuilt = PREBUILT / f"iabn_{device_type}.so"
-    if prebuilt.is_file() and mode != "force":
-        _load(prebuilt)
-        return prebuilt, "prebuilt with the package"
-    recipe = cpu_recipe() if device_type == "cpu" else cuda_recipe(architectures_here())
+    if mode != "force" and prebuilt.is_file() and _suits(prebuilt):
+        try:
+            _load(prebuilt)
+            return prebuilt, "prebuilt with the package"
+        except BuildError as e:
+            _logger.info("%s; they are built instead", e)
+    recipe = (
+        cpu_recipe()
+        if device_type == "cpu"
+        else cuda_recipe([f"{major}.{minor}" for major, minor in capabilities_here()])
+    )
     target = cache_folder() / f"{recipe.name}-{recipe.key()}.so"
     if mode != "force" and _loads(target):
         return target, "built earlier, from the cache"
@@ -98,11 +106,19 @@ def _library(device_type: str) -> tuple[Path, str]:
     return target, f"built with {' and '.join(recipe.tools)}"
 
 
-def architectures_here() -> list[str]:
-    """The compute capabilities of the GPUs of this machine."""
-    devices = range(torch.cuda.device_count())
-    found = sorted({torch.cuda.get_device_capability(device) for device in devices})
-    return [f"{major}.{minor}" for major, minor in found]
+def _suits(prebuilt: Path) -> bool:
+    """Whether a library of the package is for this CUDA and these GPUs, which stands in a file beside it."""
+    facts = prebuilt.with_suffix(".json")
+    if not facts.is_file():  # a CPU library, which suits any CPU of its architecture
+        return True
+    made_for = json.loads(facts.read_text())
+    gpus = capabilities_here()
+    return made_for["cuda"] == cuda_major() and all(covers(made_for["architectures"], gpu) for gpu in gpus)
+
+
+def capabilities_here() -> list[tuple[int, int]]:
+    """The compute capabilities of the GPUs of this machine, each once."""
+    return sorted({torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())})
 
 
 def _load(path: Path) -> None:

@@ -298,7 +298,7 @@ def _with_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module], g
     if type(module) is old:
         converted = new.__new__(new)
         converted.__dict__.update(module.__dict__)
-        if new is InPlaceABNSync:
+        if isinstance(converted, InPlaceABNSync):
             converted.set_group(group)
         else:
             del converted.group, converted._compared

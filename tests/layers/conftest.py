@@ -12,7 +12,8 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def device(request):
+def device(request, monkeypatch):
     name = getattr(request, "param", "cpu")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # 10 bits are too few to compare with
     with torch.device(name):
         yield name

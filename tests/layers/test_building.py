@@ -37,10 +37,29 @@ def test_the_toolkit_that_is_named_is_taken(toolkit):
 
 def test_a_toolkit_of_another_version_is_refused(toolkit):
     home = toolkit("12.6")
-    with pytest.raises(
-        building.BuildError, match=f"{home} is CUDA 12, but torch is built with CUDA 13.0; set CUDA_HOME"
-    ):
+    with pytest.raises(building.BuildError, match=f"{home} is CUDA 12, but torch is built with CUDA 13.0"):
         building.cuda_home()
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 0), False), ((8, 0), True), ((8, 7), True), ((9, 0), False), ((12, 1), True), ((13, 0), True)],
+)
+def test_what_code_for_an_architecture_runs_on(capability, runs):
+    assert building.covers(["7.5", "8.0", "12.0+PTX"], capability) == runs
+
+
+def test_a_library_for_other_gpus_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    library = tmp_path / "iabn_cuda.so"
+    library.with_suffix(".json").write_text('{"cuda": "13", "architectures": ["9.0"]}')
+    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0)])
+    assert extension._suits(library)
+    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0), (10, 0)])
+    assert not extension._suits(library)
+    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0)])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert not extension._suits(library)
 
 
 def test_no_toolkit_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -54,10 +73,10 @@ def test_a_gpu_without_toolkit_gets_what_torch_compile_makes(tmp_path, monkeypat
     monkeypatch.delenv("IABN_HUB_BACKEND", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(extension, "architectures_here", lambda: ["9.0"])
+    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0)])
     monkeypatch.setattr(extension, "has_triton", lambda: True)
     assert extension.use_native("cuda").backend == "inductor"
-    assert "no CUDA toolkit was found" in caplog.text
+    assert "no CUDA 13 toolkit was found" in caplog.text
     assert "through torch.compile" in caplog.text
     monkeypatch.setattr(extension, "_status", {})
     monkeypatch.setattr(extension, "has_triton", lambda: False)

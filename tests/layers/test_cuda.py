@@ -41,6 +41,10 @@ def test_cuda_agrees_with_cpu(shape, layout, dtype):
         found = [y, leaf.grad, residual.grad, here.weight.grad, here.bias.grad, here.running_mean, here.running_var]
         results.append([v.detach().double().cpu() for v in found])
     tolerance = 4 * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-4
+    certain = results[0][0].abs() > 1e-5  # about 0 the devices may disagree about the sign, and so about the slope
+    for k in (1, 2):
+        for found in results:
+            found[k] = found[k] * certain
     for ours, theirs in zip(*results):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
@@ -100,7 +104,7 @@ def test_the_same_input_gives_the_same_bits():
 def test_backward_allocates_one_activation():
     layer = InPlaceABN(64).cuda()
     leaf = torch.randn(16, 64, 56, 56, device="cuda", requires_grad=True)
-    y = layer(leaf * 1)
+    y = layer(leaf + 0)  # whose backward allocates nothing
     dy = torch.randn_like(y)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -215,13 +215,15 @@ def test_backward_allocates_one_activation(mode, joined, monkeypatch):
     assert y.nbytes <= max(in_use) < y.nbytes + 6 * reference.SLAB_BYTES
 
 
-def test_saturated_elu_has_finite_gradients():
-    x = torch.tensor([[-40.0], [-35.0], [0.5], [2.0]], requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.1, 1.2])  # some are rounded up when they are stored
+def test_saturated_elu_has_finite_gradients(alpha, dtype):
+    x = torch.tensor([[-40.0], [-35.0], [0.5], [2.0]], dtype=dtype, requires_grad=True)
     y = inplace_abn(
         x * 1, torch.full((1,), 30.0), torch.zeros(1), torch.zeros(1), torch.ones(1), True, activation="elu",
-        activation_param=1.0,
+        activation_param=alpha,
     )  # fmt: skip
-    assert y.detach().min() == -1.0
+    assert y.detach().min() == torch.tensor(-alpha).to(dtype)
     y.sum().backward()
     assert x.grad.isfinite().all()
 

@@ -60,7 +60,7 @@ def per_channel(values):
     ),
     dtype=st.sampled_from(list(TOLERANCE)),
     layouts=st.tuples(*[st.sampled_from([*LAYOUTS, "expanded"])] * 3),
-    activation=st.sampled_from([(0, 0.01), (1, 0.01), (1, 0.3), (2, 1.0), (2, 0.5)]),
+    activation=st.sampled_from([(0, 0.01), (1, 0.01), (1, 0.3), (2, 1.0), (2, 0.3)]),
     flags=st.tuples(*[st.booleans()] * 3),
     distribution=st.sampled_from([(0.0, 1.0), (100.0, 1.0), (0.0, 1e-3), (-3.0, 1e3)]),
     seed=st.integers(0, 1 << 30),
@@ -87,13 +87,16 @@ def test_every_operator_agrees_with_the_reference(shape, dtype, layouts, activat
     assert_same(ops.statistics(x), statistics, 10 * loose, sizes=(scale, var + 1e-6 * mean.square()))
     y = reference.normalize(x, *statistics, *options)
     assert_same(ops.normalize(x, *statistics, *options), y, tolerance)
-    overwritten = in_layout(x, layouts[0])
+    overwritten = in_layout(x, "contiguous" if layouts[0] == "expanded" else layouts[0])
     ops.normalize_(overwritten, *statistics, *options)
     assert torch.equal(overwritten, ops.normalize(x, *statistics, *options))
     *_, fused_mean, fused_var = ops.batch_normalize(x, *options)
     assert_same((fused_mean, fused_var), statistics, 10 * loose, sizes=(scale, var + 1e-6 * mean.square()))
     exact = reference.batch_normalize(x.double(), *(v.double() if torch.is_tensor(v) else v for v in options))[0]
-    assert_same(ops.batch_normalize(x, *options)[0], exact.to(dtype), 10 * loose)
+    size = exact.abs().max()
+    if x.is_cuda:  # where the mean is stored in float32 between two kernels
+        size = size + (mean.abs() / (var + 1e-5).sqrt()).max()
+    assert_same(ops.batch_normalize(x, *options)[0], exact.to(dtype), 10 * loose, sizes=size)
 
     dz = per_channel(gradient(y, dy, *activation))
     gamma = torch.ones(()) if weight is None else reference.effective_scale(weight, 1e-5, signed).abs()
@@ -142,7 +145,9 @@ def test_fused_backward_is_both_passes():
 
 
 @pytest.mark.parametrize("far", [0, 1, 2], ids=["rows", "channels", "columns"])
-def test_strides_beyond_32_bits(far):
+def test_strides_beyond_32_bits(device, far):
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("the GPU has less than 10 GiB of free memory")
     # Few elements that lie far apart in memory, most of which is never touched.
     strides = [12, 4, 1]
     strides[far] = 2**31 + 11

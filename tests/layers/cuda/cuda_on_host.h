@@ -56,6 +56,7 @@ struct Block {
 };
 
 inline Block* current;
+inline std::map<const void*, size_t> allowed;  // dynamic shared memory, by kernel
 inline std::mt19937 order{12345};
 
 [[noreturn]] inline void die(const char* why) {
@@ -125,7 +126,8 @@ inline void run_block(Block& b) {
 }
 
 template <typename F>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, F body) {
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, F body) {
+  if (grid.y > 65535 || block.x * block.y * block.z > 1024) die("a grid or a block is too large");
   Block b;
   b.grid = grid, b.block = block, b.body = body;
   b.dynamic_shared.resize(shared_bytes);
@@ -144,7 +146,13 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, F body) {
     for (unsigned x = 0; x < grid.x; ++x) blocks.push_back(dim3(x, y));
   }
   std::shuffle(blocks.begin(), blocks.end(), order);
-  for (dim3 index : blocks) b.index = index, run_block(b);
+  for (dim3 index : blocks) {
+    b.index = index;
+    run_block(b);
+    size_t used = shared_bytes;
+    for (const auto& [variable, room] : b.shared) used += room.size();
+    if (used > 48 << 10 && allowed[kernel] < shared_bytes) die("more than 48 KiB of shared memory without leave");
+  }
 }
 
 template <typename T>
@@ -168,12 +176,15 @@ inline void __syncthreads() { on_host::wait(on_host::State::at_block_barrier); }
   Item* name = on_host::shared<Item>(&name##_variable, (n) * sizeof(Item))
 #define IABN_DYNAMIC_SHARED(name) char* name = on_host::current->dynamic_shared.data()
 #define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  on_host::launch(grid, block, size_t(shared_bytes), [&] { (kernel)(__VA_ARGS__); })
+  on_host::launch(reinterpret_cast<const void*>(kernel), grid, block, size_t(shared_bytes), [&] { (kernel)(__VA_ARGS__); })
 
 namespace iabn::cuda {
 
+// As on a device: beyond 48 KiB only after this.
 template <typename Kernel>
-void allow_shared(Kernel*, int64_t) {}
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  on_host::allowed[reinterpret_cast<const void*>(kernel)] = size_t(bytes);
+}
 
 struct BFloat16 {
   uint16_t bits;
@@ -221,6 +232,18 @@ T narrow(A v) {
   } else {
     return T(v);
   }
+}
+
+template <typename Pack>
+Pack read_vector(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack)) on_host::die("a vector is read from an address that does not suit it");
+  return *static_cast<const Pack*>(from);
+}
+
+template <typename Pack>
+void write_vector(void* to, const Pack& pack) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Pack)) on_host::die("a vector is written to an address that does not suit it");
+  *static_cast<Pack*>(to) = pack;
 }
 
 template <typename A>

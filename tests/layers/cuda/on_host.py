@@ -174,7 +174,7 @@ def assert_near(ours: Tensor, exact: Tensor, size: Tensor, tolerance: float, wha
 def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, rows: bool, *, seed: int = 0,
           activation: tuple[int, float] = (1, 0.01), affine: torch.dtype | None = torch.float32, joined: bool = False,
           signed: bool = False, shift: int = 0, gap: int = 0, mean: float = 0.0, in_place: bool = True,
-          processors: int = 4) -> list[Plan]:  # fmt: skip
+          processors: int = 4, shared_bytes: int = 100 << 10) -> list[Plan]:  # fmt: skip
     """Compare every launcher with the formulas in float64; the plans that were taken."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -205,7 +205,7 @@ def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, row
 
     # forward
     gx = held(x)
-    *found, plan = library(STATISTICS, x, rows, [gx], options, processors=processors)
+    *found, plan = library(STATISTICS, x, rows, [gx], options, processors=processors, shared_bytes=shared_bytes)
     plans.append(plan)
     statistics_right(*found, "statistics")
     exact_y = reference.normalize(x.double(), exact_mean, exact_var, *recover)
@@ -214,12 +214,14 @@ def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, row
     rounded = reference.normalize(x.double(), *(v.double() for v in given.values()), *recover)
     gr = held(r) if joined else None
     gy = gx if in_place else held(None)
-    *_, plan = library(NORMALIZE, x, rows, [gx, gr, gy], options, **given, processors=processors)
+    *_, plan = library(
+        NORMALIZE, x, rows, [gx, gr, gy], options, **given, processors=processors, shared_bytes=shared_bytes
+    )
     assert_near(gy.view, rounded, y_size, 10 * tolerance if dtype == wide else tolerance, "normalize")
     gy.assert_untouched()
     gx = held(x)
     gy = gx if in_place else held(None)
-    fused = library(FUSED_FORWARD, x, rows, [gx, gr, gy], options, processors=processors)
+    fused = library(FUSED_FORWARD, x, rows, [gx, gr, gy], options, processors=processors, shared_bytes=shared_bytes)
     if fused:
         plans.append(fused[2])
         statistics_right(*fused[:2], "fused forward")
@@ -247,7 +249,9 @@ def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, row
     terms = (invert + (bias.double().abs() if affine else 0) + (r.double().abs().amax((0, 2)) if joined else 0)) / gamma
     sizes = (dz.abs().sum((0, 2)), dz.abs().sum((0, 2)) * (terms + 1))
     gy, gd = held(y), held(dy)
-    *found, plan = library(GRADIENT_SUMS, x, rows, [gy, gd, gr], options, processors=processors)
+    *found, plan = library(
+        GRADIENT_SUMS, x, rows, [gy, gd, gr], options, processors=processors, shared_bytes=shared_bytes
+    )
     plans.append(plan)
     for ours, exact, size, what in zip(found, exact_sums, sizes, ("sum dz", "sum dz·x̂")):
         assert_near(ours, exact, size + 1e-300, loose, what)
@@ -259,7 +263,17 @@ def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, row
         if centred:
             given |= {"mean_dz": means[0] * 4, "mean_dz_xhat": means[1] * 4}
         gdx, gdz = held(None), held(None) if joined else None
-        library(INPUT_GRADIENT, x, rows, [gy, gd, gr, gdx, gdz], options, share=0.25, processors=processors, **given)
+        library(
+            INPUT_GRADIENT,
+            x,
+            rows,
+            [gy, gd, gr, gdx, gdz],
+            options,
+            share=0.25,
+            processors=processors,
+            shared_bytes=shared_bytes,
+            **given,
+        )
         centre = (means[0].double().view(column) + xhat * means[1].double().view(column)) if centred else 0
         assert_near(gdx.view, scale * (dz - centre), dx_size, tolerance, f"dx, centred {centred}")
         gdx.assert_untouched()
@@ -267,7 +281,16 @@ def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, row
             assert_near(gdz.view, dz, dz.abs().amax((0, 2)) + 1e-300, tolerance, "dz")
             gdz.assert_untouched()
     gdx, gdz = held(None), held(None) if joined else None
-    fused = library(FUSED_BACKWARD, x, rows, [gy, gd, gr, gdx, gdz], options, var=var, processors=processors)
+    fused = library(
+        FUSED_BACKWARD,
+        x,
+        rows,
+        [gy, gd, gr, gdx, gdz],
+        options,
+        var=var,
+        processors=processors,
+        shared_bytes=shared_bytes,
+    )
     if fused:
         plans.append(fused[2])
         centre = (exact_sums[0].view(column) + xhat * exact_sums[1].view(column)) / (n * s)
