@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // A channel in shared memory, one block per channel; each thread comes back to the vectors that it has put there itself.
 template <int W>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     planes_fused_forward(Shape s, Activated act, Affine affine, Operand x, Operand r, Operand y, A* mean, A* var) {
   IABN_DYNAMIC_SHARED(kept);
   Pack<W>* packs = reinterpret_cast<Pack<W>*>(kept);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <int W>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     planes_fused_backward(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Operand dx,
                           Operand dz, Vector var, A* sum_dz, A* sum_dz_xhat) {
   IABN_DYNAMIC_SHARED(kept);
