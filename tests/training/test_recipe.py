@@ -1,0 +1,127 @@
+"""Recipes say what the catalogue says, earlier files are read as they are, and what cannot work is refused by name."""
+
+import json
+
+import pytest
+
+from iabn_hub.checkpoints.catalogue import records_at_import
+from iabn_hub.training.recipe import RecipeError, read_recipe
+
+from ..paths import TOOLS
+
+PUBLISHED = [r for r in records_at_import().values() if r.training and r.dataset.startswith("imagenet")]
+
+
+def test_there_are_nine_published_classifiers():
+    assert len(PUBLISHED) == 9
+    assert {path.stem for path in (TOOLS / "recipes").glob("*.json")} == {record.name for record in PUBLISHED}
+
+
+@pytest.mark.parametrize("record", PUBLISHED, ids=lambda record: record.name)
+def test_a_recipe_says_what_the_catalogue_says(record):
+    recipe = read_recipe(TOOLS / "recipes" / f"{record.name}.json")
+    training = record.training
+    optimizer, schedule, images = recipe.optimizer, recipe.optimizer.schedule, recipe.input
+    assert record.model.startswith(recipe.network.arch)
+    assert {
+        "norm_layer": recipe.norm_layer,
+        "batch_size": optimizer.batch_size,
+        "optimizer": optimizer.type,
+        "momentum": optimizer.momentum,
+        "nesterov": optimizer.nesterov,
+        "weight_decay": optimizer.weight_decay,
+        "learning_rate": optimizer.learning_rate,
+        "schedule": {"type": schedule.type, "mode": schedule.mode, **schedule.params},
+        "epochs": schedule.epochs,
+        "clip": optimizer.clip,
+        "weight_init": recipe.network.weight_init,
+        "color_jitter": images.color_jitter_train,
+        "lighting": images.lighting_train,
+        "crop": images.crop_train,
+        "input_3x3": recipe.network.input_3x3,
+        "activation": recipe.network.activation,
+        "activation_param": recipe.network.activation_param,
+    } == training
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write a recipe with this content, and read it with these changes."""
+
+    def read(content, *changes):
+        path = tmp_path / "recipe.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_recipe(path, changes)
+
+    return read
+
+
+def test_defaults_are_those_of_the_earlier_package(recipe):
+    read = recipe(
+        {"network": {"arch": "resnet34"}, "optimizer": {"schedule": {"type": "step", "params": {"step_size": 30}}}}
+    )
+    assert (read.network.activation, read.network.bn_mode, read.norm_layer) == ("relu", "standard", "abn")
+    assert (read.optimizer.clip, read.optimizer.batch_size, read.optimizer.nesterov) == (1.0, 256, False)
+    assert (read.optimizer.schedule.epochs, read.optimizer.schedule.params) == (10, {"step_size": 30})
+    assert (read.input.scale_val, read.input.mean) == (256, (0.485, 0.456, 0.406))
+
+
+def test_what_is_saved_reads_back_the_same(recipe):
+    first = recipe(
+        {"network": {"activation": "elu", "bn_mode": "sync"}, "training": {"amp": "bf16", "ema_decay": 0.9999}}
+    )
+    assert recipe(first.to_json()) == first
+
+
+def test_changes_on_the_command_line(recipe):
+    changes = (
+        "optimizer.learning_rate=0.05",
+        "network.arch=resnet50",
+        "optimizer.schedule.epochs=3",
+        "training.amp=bf16",
+    )
+    read = recipe({"optimizer": {"learning_rate": 0.1}}, *changes)
+    assert (read.optimizer.learning_rate, read.network.arch) == (0.05, "resnet50")
+    assert (read.optimizer.schedule.epochs, read.training.amp) == (3, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"netwrok": {}}, "unknown key 'netwrok'; there are network, optimizer, input, training"),
+        ({"optimizer": {"lr": 1}}, "unknown key 'lr' in optimizer; there are batch_size, "),
+        ({"optimizer": {"batch_size": "many"}}, "optimizer.batch_size is 'many'; it must be a whole number"),
+        ({"optimizer": {"batch_size": 2.5}}, "optimizer.batch_size is 2.5; it must be a whole number"),
+        ({"optimizer": {"nesterov": 1}}, "optimizer.nesterov is 1; it must be true or false"),
+        ({"optimizer": {"learning_rate": True}}, "optimizer.learning_rate is True; it must be a number"),
+        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate is -1.0; it must be 1e-09 to 1000"),
+        ({"optimizer": {"schedule": {"type": "steps"}}}, "optimizer.schedule.type is 'steps'; it can be constant,"),
+        ({"optimizer": {"schedule": {"type": "step"}}}, "needs optimizer.schedule.params.step_size"),
+        (
+            {"optimizer": {"schedule": {"type": "step", "params": {"step": 3}}}},
+            "unknown key optimizer.schedule.params.step for a schedule of type step; there are: step_size, gamma",
+        ),
+        ({"network": {"bn_mode": "inplace"}}, "network.activation relu cannot be inverted.* use leaky_relu"),
+        ({"optimizer": {"nesterov": True, "type": "Adam"}}, "optimizer.nesterov needs type SGD"),
+        ({"input": {"scale_val": 200}}, "input.scale_val is 200, less than input.crop_val, which is 224"),
+        ({"input": {"mean": 0.5}}, "input.mean is 0.5; it must be a list of numbers"),
+        ({"network": []}, r"network must be an object, not \[\]"),
+        ("[1]", r"the recipe must be an object, not \[1\]"),
+        ("{", "is not JSON"),
+        ('{"optimizer": {"learning_rate": NaN}}', "NaN is not a number"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(recipe, content, says):
+    with pytest.raises(RecipeError, match=f"recipe.json: .*{says}"):
+        recipe(content)
+
+
+@pytest.mark.parametrize("change", ["optimizer.learning_rate", "=3", "optimizer.batch_size.x=3"])
+def test_a_change_that_is_none_is_refused(recipe, change):
+    with pytest.raises(RecipeError, match=change.partition("=")[0] or "=3"):
+        recipe({"optimizer": {"batch_size": 4}}, change)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=f"{tmp_path}/none.json: cannot be read"):
+        read_recipe(tmp_path / "none.json")
