@@ -33,6 +33,25 @@ struct Inputs {
   Pack<W> x, r;
 };
 
+template <int W>
+IABN_DEVICE Gradients<W> load_gradients(const Slot& at, int64_t c, const Operand& y, const Operand& dy,
+                                        const Operand& r) {
+  return {load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
+}
+
+// Writes dx, and dz where it is asked for, at these offsets; gradient(i) is that of element i.
+template <int W, typename F>
+IABN_DEVICE void store_gradients(const Activated& act, const Gradients<W>& g, F gradient, const Operand& dx,
+                                 int64_t dx_at, const Operand& dz, int64_t dz_at) {
+  Values<W> dx_values, dz_values;
+  g.each(act, [&](int i, A dz_value, A z) {
+    dz_values.v[i] = dz_value;
+    dx_values.v[i] = gradient(i).of(dz_value, z);
+  });
+  store(dx, dx_at, dx_values);
+  if (dz.data != nullptr) store(dz, dz_at, dz_values);
+}
+
 // ---- channels in planes --------------------------------------------------------------------------------------------
 
 // Adds a vector to the distances of one channel.
@@ -82,11 +101,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   int64_t c = share.tile;
   Recovery recovery(affine, c);
   Sums sums;
-  auto load_gradients = [&](int64_t slot) {
-    Slot at = Slot::number<W>(s, slot);
-    return Gradients<W>{load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
-  };
-  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_gradients, [&](int64_t, const Gradients<W>& g) {
+  auto load_slot = [&](int64_t slot) { return load_gradients<W>(Slot::number<W>(s, slot), c, y, dy, r); };
+  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_slot, [&](int64_t, const Gradients<W>& g) {
     g.each(act, [&](int, A dz, A z) { sums.add(dz, recovered(z, recovery.inverse, recovery.offset)); });
   });
   sums = merge_block(sums);
@@ -101,19 +117,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   int64_t c = share.tile;
   Gradient gradient(affine, c, value(var, c, 0), mean_dz.data != nullptr, value(mean_dz, c, 0) * mean_share,
                     value(mean_dz_xhat, c, 0) * mean_share);
-  auto load_gradients = [&](int64_t slot) {
+  auto load_slot = [&](int64_t slot) { return load_gradients<W>(Slot::number<W>(s, slot), c, y, dy, r); };
+  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_slot, [&](int64_t slot, const Gradients<W>& g) {
     Slot at = Slot::number<W>(s, slot);
-    return Gradients<W>{load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
-  };
-  pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_gradients, [&](int64_t slot, const Gradients<W>& g) {
-    Values<W> dx_values, dz_values;
-    g.each(act, [&](int i, A dz_value, A z) {
-      dz_values.v[i] = dz_value;
-      dx_values.v[i] = gradient.of(dz_value, z);
-    });
-    Slot at = Slot::number<W>(s, slot);
-    store(dx, at.in(dx, c), dx_values);
-    if (dz.data != nullptr) store(dz, at.in(dz, c), dz_values);
+    store_gradients(act, g, [&](int) { return gradient; }, dx, at.in(dx, c), dz, at.in(dz, c));
   });
 }
 
@@ -162,11 +169,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   int64_t c = blockIdx.x;
   Recovery recovery(affine, c);
   Sums sums;
-  auto load_gradients = [&](int64_t slot) {
-    Slot at = Slot::number<W>(s, slot);
-    return Gradients<W>{load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
-  };
-  pipelined(threadIdx.x, slots<W>(s), blockDim.x, load_gradients, [&](int64_t slot, const Gradients<W>& g) {
+  auto load_slot = [&](int64_t slot) { return load_gradients<W>(Slot::number<W>(s, slot), c, y, dy, r); };
+  pipelined(threadIdx.x, slots<W>(s), blockDim.x, load_slot, [&](int64_t slot, const Gradients<W>& g) {
     ys[slot] = g.y;
     dys[slot] = g.dy;
     g.each(act, [&](int, A dz_value, A z) { sums.add(dz_value, recovered(z, recovery.inverse, recovery.offset)); });
@@ -185,14 +189,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
                         load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
   };
   pipelined<1>(threadIdx.x, slots<W>(s), blockDim.x, load_kept, [&](int64_t slot, const Gradients<W>& g) {
-    Values<W> dx_values, dz_values;
-    g.each(act, [&](int i, A dz_value, A z) {
-      dz_values.v[i] = dz_value;
-      dx_values.v[i] = gradient.of(dz_value, z);
-    });
     Slot at = Slot::number<W>(s, slot);
-    store(dx, at.in(dx, c), dx_values);
-    if (dz.data != nullptr) store(dz, at.in(dz, c), dz_values);
+    store_gradients(act, g, [&](int) { return gradient; }, dx, at.in(dx, c), dz, at.in(dz, c));
   });
 }
 
@@ -264,11 +262,11 @@ __global__ void __launch_bounds__(kBlockThreads)
       Recovery recovery(affine, c + i);
       inverse[i] = recovery.inverse, offset[i] = recovery.offset;
     }
-    auto load_gradients = [&](int64_t row) {
+    auto load_row = [&](int64_t row) {
       return Gradients<W>{load<W>(y, in_row(y, row, c)), load<W>(dy, in_row(dy, row, c)),
                           load_any<W>(r, in_row(r, row, c))};
     };
-    pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_gradients, [&](int64_t, const Gradients<W>& g) {
+    pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_row, [&](int64_t, const Gradients<W>& g) {
       g.each(act, [&](int i, A dz, A z) { sums[i].add(dz, recovered(z, inverse[i], offset[i])); });
     });
   }
@@ -291,18 +289,12 @@ __global__ void __launch_bounds__(kBlockThreads)
     gradient[i] = Gradient(affine, c + i, value(var, c + i, 0), centred, value(mean_dz, c + i, 0) * mean_share,
                            value(mean_dz_xhat, c + i, 0) * mean_share);
   }
-  auto load_gradients = [&](int64_t row) {
+  auto load_row = [&](int64_t row) {
     return Gradients<W>{load<W>(y, in_row(y, row, c)), load<W>(dy, in_row(dy, row, c)),
                         load_any<W>(r, in_row(r, row, c))};
   };
-  pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_gradients, [&](int64_t row, const Gradients<W>& g) {
-    Values<W> dx_values, dz_values;
-    g.each(act, [&](int i, A dz_value, A z) {
-      dz_values.v[i] = dz_value;
-      dx_values.v[i] = gradient[i].of(dz_value, z);
-    });
-    store(dx, in_row(dx, row, c), dx_values);
-    if (dz.data != nullptr) store(dz, in_row(dz, row, c), dz_values);
+  pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_row, [&](int64_t row, const Gradients<W>& g) {
+    store_gradients(act, g, [&](int i) { return gradient[i]; }, dx, in_row(dx, row, c), dz, in_row(dz, row, c));
   });
 }
 
