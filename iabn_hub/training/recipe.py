@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,22 +216,20 @@ def _check(recipe: Recipe, path: str) -> None:
     missing = [key for key in allowed if key not in schedule.params and key != "gamma"]
     if missing:
         raise RecipeError(f"{path}: a schedule of type {schedule.type} needs optimizer.schedule.params.{missing[0]}")
-    limits = types.MappingProxyType(
-        {
-            "optimizer.batch_size": (optimizer.batch_size, 2, 1 << 24),
-            "optimizer.learning_rate": (optimizer.learning_rate, 1e-9, 1e3),
-            "optimizer.weight_decay": (optimizer.weight_decay, 0, 1),
-            "optimizer.momentum": (optimizer.momentum, 0, 1 - 1e-9),
-            "optimizer.clip": (optimizer.clip, 0, 1e6),
-            "optimizer.schedule.epochs": (schedule.epochs, 1, 100_000),
-            "network.classes": (network.classes, 1, 1 << 24),
-            "network.dilation": (network.dilation, 1, 64),
-            "input.crop_train": (images.crop_train, 16, 8192),
-            "input.crop_val": (images.crop_val, 16, 8192),
-            "training.label_smoothing": (recipe.training.label_smoothing, 0, 1 - 1e-9),
-            "training.ema_decay": (recipe.training.ema_decay, 0, 1 - 1e-12),
-        }
-    )
+    limits = {
+        "optimizer.batch_size": (optimizer.batch_size, 2, 1 << 24),
+        "optimizer.learning_rate": (optimizer.learning_rate, 1e-9, 1e3),
+        "optimizer.weight_decay": (optimizer.weight_decay, 0, 1),
+        "optimizer.momentum": (optimizer.momentum, 0, 1 - 1e-9),
+        "optimizer.clip": (optimizer.clip, 0, 1e6),
+        "optimizer.schedule.epochs": (schedule.epochs, 1, 100_000),
+        "network.classes": (network.classes, 1, 1 << 24),
+        "network.dilation": (network.dilation, 1, 64),
+        "input.crop_train": (images.crop_train, 16, 8192),
+        "input.crop_val": (images.crop_val, 16, 8192),
+        "training.label_smoothing": (recipe.training.label_smoothing, 0, 1 - 1e-9),
+        "training.ema_decay": (recipe.training.ema_decay, 0, 1 - 1e-12),
+    }
     for key, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise RecipeError(f"{path}: {key} is {value}; it must be {low:g} to {high:g}")
