@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -12,16 +13,19 @@ class ImageError(ValueError):
     """A file is not there, or is not a picture that can be read."""
 
 
-def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
+def open_rgb(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> Image.Image:
     """The whole picture as RGB, upright, 8 bits a channel; transparency becomes white.
+
+    Args:
+        path: the picture, or only its name for messages if it is read from `file`.
 
     Raises:
         ImageError: missing, not an image, or damaged; names the file.
     """
-    if os.path.isdir(path):
+    if file is None and os.path.isdir(path):
         raise ImageError(f"{path}: is a folder, not an image; name the files, for instance {path}/*")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(file or path) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a phone's 108 megapixels are welcome
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))

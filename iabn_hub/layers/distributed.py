@@ -78,12 +78,13 @@ class Peers:
     def _gather(self, v: Tensor) -> Tensor:
         """The vectors (V,) of all peers, (count, V)."""
         gathered = v.new_empty(self.count * v.numel())
-        dist.all_gather_into_tensor(gathered, v, group=self.group)
+        _all_gather(gathered, v, group=self.group)
         return gathered.view(self.count, -1)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALONE = Peers()
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
 
 
 @functools.cache
@@ -115,7 +116,7 @@ def active_group(active: bool) -> Any:
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
     mine = torch.tensor([int(active)], device=device)
     flags = mine.new_empty(dist.get_world_size())
-    dist.all_gather_into_tensor(flags, mine)
+    _all_gather(flags, mine)
     members = tuple(rank for rank, flag in enumerate(flags.tolist()) if flag)
     if not members:
         return dist.GroupMember.NON_GROUP_MEMBER

@@ -1,84 +1,316 @@
-"""One model through its epochs, and what it gets right."""
+"""One run: its steps, its epochs, and its snapshots.
+
+All that is random in a step follows from the recipe's seed and the number of the step, and all that is random in an
+image from seed, epoch and position. So a snapshot needs no random states, and a run that goes on from one ends where it
+would have ended.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from timm.data.mixup import Mixup
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
+
+from .data import Batch, TrainLoader
+from .evaluate import Score, autocast, check_labels
+from .journal import Clock, Journal, Row
+from .network import LearningRate, build_optimizer
+from .processes import Processes
+from .recipe import Recipe
+from .snapshots import Snapshots
+
+NUMBERS = ("loss", "right", "right_of_five", "images", "stop")  # of a step, summed over its images and the processes
+BOARD_EVERY = 50  # steps from one point of TensorBoard's curves to the next
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """SGD with Nesterov momentum 0.9; the rate climbs for a fifth of the steps and falls as a cosine."""
-
-    epochs: int
-    learning_rate: float
-    weight_decay: float = 1e-4
+class DivergedError(FloatingPointError):
+    """The loss is no longer finite; the message names the step and the way out."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """Percentages of images whose class is the first guess, or among the first five; and the mean loss."""
+class Readout:
+    """A few numbers of each step, handed out one step later, so that nobody waits for the device."""
 
-    top1: float
-    top5: float
-    loss: float
-    images: int
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.waiting: tuple[Tensor, Any] | None = None
+
+    def push(self, numbers: Tensor) -> list[float] | None:
+        """Take this step's numbers, (len(NUMBERS),); gives the sums over all processes of the step before."""
+        self.processes.add(numbers)
+        before = self.flush()
+        if numbers.is_cuda:
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            self.waiting = (host, torch.cuda.current_stream().record_event())
+        else:
+            self.waiting = (numbers, None)
+        return before
+
+    def flush(self) -> list[float] | None:
+        """The numbers that still wait."""
+        if self.waiting is None:
+            return None
+        (numbers, event), self.waiting = self.waiting, None
+        if event is not None:
+            event.synchronize()
+        values: list[float] = numbers.tolist()
+        return values
 
 
-def train(
-    model: nn.Module, batches: Iterable[Any], steps_per_epoch: int, schedule: Schedule, device: torch.device
-) -> Iterator[dict[str, float]]:
-    """Train `model` in place; yields one row per epoch: epoch, mean loss, images per second.
+class Trainer:
+    """A network on its way through a recipe.
 
-    Raises:
-        FloatingPointError: the loss is no longer finite; says at which step.
+    Args:
+        network: without wrappers, on the device of `processes`.
+        validate: scores a network on the held-out images.
+        snapshots: where the first process saves the run.
+        minutes: between two snapshots within an epoch.
+        stop: asked at every step; once it is true on any process, all stop there, with a snapshot.
+        on_broken: told of every file that cannot be read.
     """
-    optimizer = torch.optim.SGD(
-        model.parameters(), schedule.learning_rate, momentum=0.9, weight_decay=schedule.weight_decay, nesterov=True
-    )
-    steps = schedule.epochs * steps_per_epoch
-    scheduler = OneCycleLR(optimizer, schedule.learning_rate, steps, pct_start=0.2, cycle_momentum=False)
-    with tqdm(total=steps, unit="step", disable=None) as bar:
-        for epoch in range(1, schedule.epochs + 1):
-            model.train()
-            started, seen, total = time.perf_counter(), 0, 0.0
-            for images, labels in batches:
-                loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value} at step {bar.n + 1}: try a lower learning rate")
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                seen += len(labels)
-                total += value * len(labels)
-                bar.update()
-                bar.set_postfix(epoch=epoch, loss=f"{value:.3f}", refresh=False)
-            yield {"epoch": epoch, "loss": total / seen, "images_per_second": seen / (time.perf_counter() - started)}
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        network: nn.Module,
+        loader: TrainLoader,
+        normalize: nn.Module,
+        validate: Callable[[nn.Module], Score],
+        processes: Processes,
+        snapshots: Snapshots,
+        minutes: float,
+        stop: Callable[[], bool],
+        on_broken: Callable[[tuple[str, ...]], None],
+    ) -> None:
+        self.recipe, self.network, self.loader, self.normalize = recipe, network, loader, normalize
+        self.validate, self.processes, self.snapshots, self.minutes = validate, processes, snapshots, minutes
+        self.stop, self.on_broken = stop, on_broken
+        training = recipe.training
+        if training.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(recipe, network)
+        self.rate = LearningRate(recipe, loader.steps)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=training.amp == "fp16")
+        self.ema = ModelEmaV3(network, decay=training.ema_decay, use_warmup=True) if training.ema_decay else None
+        self.mixup: Any = None
+        if training.mixup or training.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=training.mixup,
+                cutmix_alpha=training.cutmix,
+                label_smoothing=training.label_smoothing,
+                num_classes=recipe.network.classes,
+            )
+        self.epoch = self.step = 0  # whole epochs and whole steps so far
+        self.rows: list[Row] = []
+        self.sums = dict.fromkeys(NUMBERS, 0.0)  # over the steps of this epoch
+        self.best = -1.0
+        self.saved: Path | None = None
+        self.readout = Readout(processes)
+        self.stopped = False
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is validated and exported: the average of the weights where the recipe keeps one."""
+        return self.ema.module if self.ema else self.network
+
+    def state(self) -> dict[str, Any]:
+        """All that a snapshot holds: tensors and plain values."""
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": {"epoch": self.epoch, "step": self.step, "seed": self.recipe.training.seed},
+            "sums": dict(self.sums),
+            "rows": [dict(row) for row in self.rows],
+            "best": self.best,
+            "recipe": asdict(self.recipe),
+        }
+
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Go on from a snapshot."""
+        self.network.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"] or state["model"])
+        # Rates and decays are the recipe's of today, which may have been changed on purpose.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, today in zip(self.optimizer.param_groups, settings):
+            group.update(today)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
+        self.sums, self.rows, self.best = dict(state["sums"]), list(state["rows"]), state["best"]
+        self.saved = path
+
+    def run(self, journal: Journal) -> None:
+        """Train to the last epoch, or until `stop`; `stopped` says which.
+
+        Raises:
+            DivergedError: the loss is no longer finite.
+            DataError, ValueError: the data is not what the recipe needs.
+        """
+        model = self._wrapped()
+        self.last_save = time.monotonic()
+        while self.epoch < self.recipe.optimizer.schedule.epochs and not self.stopped:
+            self._train_epoch(model, journal)
+            if self.stopped:
+                self.saved = self._save()
+            else:
+                self._end_epoch(journal)
+
+    def _wrapped(self) -> nn.Module:
+        model: Any = torch.compile(self.network) if self.recipe.training.compile else self.network
+        if self.processes.count == 1:
+            return model
+        device = self.processes.device
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    def _train_epoch(self, model: nn.Module, journal: Journal) -> None:
+        model.train()
+        self.normalize.train()
+        first = self.step - self.epoch * self.loader.steps
+        batches = iter(self.loader.epoch(self.epoch, first))
+        self.clock = Clock()
+        self.images_before = self.sums["images"]
+        for _ in range(first, self.loader.steps):
+            numbers = self._step(model, batches)
+            self._read(self.readout.push(numbers), self.step, journal)
+            self.step += 1
+            if self.stopped:
+                break
+            if self.processes.first and time.monotonic() - self.last_save > 60 * self.minutes:
+                self._read(self.readout.flush(), self.step, journal)
+                self.saved = self._save()
+        self._read(self.readout.flush(), self.step, journal)
+
+    def _step(self, model: Any, batches: Any) -> Tensor:
+        """Forward and backward of every micro-batch, and one update; returns this process's NUMBERS."""
+        training, device = self.recipe.training, self.processes.device
+        _seed(training.seed, self.step, self.processes.rank)
+        self.rate.set(self.optimizer, self.step)
+        numbers = torch.zeros(len(NUMBERS), dtype=torch.float64, device=device)
+        for micro in range(training.accumulate):
+            batch: Batch = self.clock.next(batches)
+            if batch.broken:
+                self.on_broken(batch.broken)
+            check_labels(batch.labels, self.recipe.network.classes)
+            images = self.normalize(batch.images.to(device, non_blocking=True))
+            labels = targets = batch.labels.to(device, non_blocking=True)
+            if training.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            smoothing = training.label_smoothing
+            if self.mixup is not None:
+                images, targets = self.mixup(images, labels)
+                smoothing = 0.0  # it is in the targets already
+            last = micro == training.accumulate - 1
+            kept_back = self.processes.count > 1 and not last  # gradients are exchanged once a step
+            with model.no_sync() if kept_back else contextlib.nullcontext():
+                with autocast(device, training.amp):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                self.scaler.scale(loss / training.accumulate).backward()
+            _count(numbers, loss, logits, labels)
+        clip = self.recipe.optimizer.clip
+        if clip > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.network, self.step + 1)
+        numbers[-1] = float(self.stop())
+        return numbers
+
+    def _read(self, values: list[float] | None, step: int, journal: Journal) -> None:
+        """What the numbers of step `step` (counted from 1) say, now that they are there."""
+        if values is None:
+            return
+        numbers = dict(zip(NUMBERS, values))
+        if not math.isfinite(numbers["loss"]):
+            saved = f"The last good snapshot is {self.saved}" if self.saved else "There is no snapshot yet"
+            raise DivergedError(
+                f"the loss is {numbers['loss']} at step {step:,} (epoch {self.epoch + 1}). {saved}: go on from it, or "
+                "begin anew, with a lower learning rate (--set optimizer.learning_rate=…) or gradient clipping "
+                "(--set optimizer.clip=1)"
+            )
+        self.stopped = self.stopped or numbers["stop"] > 0
+        for name, value in numbers.items():
+            self.sums[name] += value
+        loss = numbers["loss"] / numbers["images"]
+        journal.progress(int(numbers["images"]), self.epoch + 1, loss)
+        if step % BOARD_EVERY == 0:
+            journal.scalars(
+                {
+                    "train/loss": loss,
+                    "train/top1": 100 * numbers["right"] / numbers["images"],
+                    "train/top5": 100 * numbers["right_of_five"] / numbers["images"],
+                    "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+                },
+                step,
+            )
+
+    def _end_epoch(self, journal: Journal) -> None:
+        seconds = self.clock.seconds()
+        self.processes.share_buffers(self.judged)
+        score = self.validate(self.judged)
+        sums, images = self.sums, max(self.sums["images"], 1)
+        row: Row = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss": sums["loss"] / images,
+            "top1": 100 * sums["right"] / images,
+            "top5": 100 * sums["right_of_five"] / images,
+            "val_loss": score.loss,
+            "val_top1": score.top1,
+            "val_top5": score.top5,
+            "images_per_second": (sums["images"] - self.images_before) / seconds,
+            "waited": 100 * self.clock.waited / seconds,
+            "peak_memory": journal.peak_memory(),
+        }
+        self.rows.append(row)
+        self.epoch += 1
+        self.sums = dict.fromkeys(NUMBERS, 0.0)
+        is_best = score.top1 > self.best
+        self.best = max(self.best, score.top1)
+        journal.epochs(self.rows)
+        journal.scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")}, self.step)
+        journal.say(
+            f"epoch {self.epoch}/{self.recipe.optimizer.schedule.epochs}  loss {row['loss']:.4f}  "
+            f"top-1 {score.top1:.2f} %  top-5 {score.top5:.2f} %  {row['images_per_second']:.0f} images/s, "
+            f"{row['waited']:.1f} % of the time waiting for them"
+        )
+        self.saved = self._save(is_best)
+
+    def _save(self, best: bool = False) -> Path | None:
+        self.last_save = time.monotonic()
+        return self.snapshots.save(self.state(), self.step, best) if self.processes.first else None
 
 
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Score:
-    """Score `model` in eval mode on every image of `batches`."""
-    model.eval()
-    top1 = top5 = images = 0
-    loss = 0.0
-    with torch.inference_mode():
-        for inputs, labels in batches:
-            target = labels.to(device)
-            logits = model(inputs.to(device)).float()
-            guesses = logits.topk(min(5, logits.size(1))).indices == target[:, None]
-            top1 += int(guesses[:, 0].sum())
-            top5 += int(guesses.any(1).sum())
-            loss += float(F.cross_entropy(logits, target, reduction="sum"))
-            images += len(target)
-    return Score(100 * top1 / images, 100 * top5 / images, loss / images, images)
+def _count(numbers: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    with torch.no_grad():
+        hits = logits.topk(min(5, logits.size(1))).indices == labels[:, None]
+        numbers[0] += loss * len(labels)
+        numbers[1] += hits[:, 0].sum()
+        numbers[2] += hits.sum()
+        numbers[3] += len(labels)
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    mixed = (seed * 1_000_003 + step) * 4099 + rank
+    torch.manual_seed(mixed % (1 << 63))
+    np.random.seed(mixed % (1 << 32))  # timm's Mixup draws from numpy

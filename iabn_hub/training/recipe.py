@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.catalogue import suggest
+from ..models import ARCHITECTURES
+
 NORM_LAYERS = {"standard": "abn", "inplace": "iabn", "sync": "iabn_sync"}
 
 
@@ -81,12 +84,22 @@ class TrainingSection:
     """What the earlier package did not have; the defaults leave it as it was."""
 
     label_smoothing: float = 0.0
-    mixup: float = 0.0
+    mixup: float = 0.0  # α of the Beta distribution; 0: none
     cutmix: float = 0.0
-    ema_decay: float = 0.0  # 0: no average of the weights
+    augment: Literal["none", "trivial", "rand", "auto"] = "none"  # TrivialAugmentWide, RandAugment, AutoAugment
+    erase: float = 0.0  # probability of random erasing
+    repeats: int = 1  # how often an image comes in a row of an epoch, each time cropped anew (repeated augmentation)
+    min_scale: float = 0.08  # smallest random crop, as a part of the area
+    hflip: float = 0.5
+    decay_norms: bool = True  # whether weight decay acts on scales and biases
+    ema_decay: float = 0.0  # of an average of the weights, taken at every step; 0: none
     warmup_epochs: int = 0
+    warmup_factor: float = 0.01  # of the learning rate at the first step
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = False
+    compile: bool = False
+    accumulate: int = 1  # forward and backward passes that share a step; batch_size is their sum
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,20 @@ class Recipe:
     training: TrainingSection = field(default_factory=TrainingSection)
 
     @property
+    def model(self) -> str:
+        """The registered name of the network: its architecture with the norms of `norm_layer`."""
+        standard = f"{self.network.arch}_abn"
+        return standard if self.norm_layer == "abn" and standard in ARCHITECTURES else f"{self.network.arch}_iabn"
+
+    @property
     def norm_layer(self) -> str:
         """The networks' name for the recipe's normalisation."""
         return NORM_LAYERS[self.network.bn_mode]
+
+    @property
+    def has_stem(self) -> bool:
+        """Whether the network has the option `input_3x3`."""
+        return self.network.arch.startswith(("resnext", "densenet"))
 
     def to_json(self) -> str:
         """Every setting, in the layout that `read_recipe` reads."""
@@ -198,6 +222,15 @@ def _value(hint: Any, value: Any, path: str, key: str) -> Any:
 def _check(recipe: Recipe, path: str) -> None:
     """Refuse what is of the right type and cannot work."""
     network, optimizer, images = recipe.network, recipe.optimizer, recipe.input
+    if recipe.model not in ARCHITECTURES:
+        known = sorted({name.rpartition("_")[0] for name in ARCHITECTURES})
+        raise RecipeError(
+            f"{path}: network.arch is {network.arch!r}, and there is no such network" + suggest(network.arch, known)
+        )
+    if network.dilation != 1:
+        raise RecipeError(f"{path}: network.dilation is {network.dilation}: classifiers are trained with 1 alone")
+    if network.input_3x3 and not recipe.has_stem:
+        raise RecipeError(f"{path}: network.input_3x3: {network.arch} has no other stem than its own")
     if network.activation == "relu" and network.bn_mode != "standard":
         raise RecipeError(
             f"{path}: network.activation relu cannot be inverted, which network.bn_mode {network.bn_mode} needs; "
@@ -216,6 +249,7 @@ def _check(recipe: Recipe, path: str) -> None:
     missing = [key for key in allowed if key not in schedule.params and key != "gamma"]
     if missing:
         raise RecipeError(f"{path}: a schedule of type {schedule.type} needs optimizer.schedule.params.{missing[0]}")
+    training = recipe.training
     limits = {
         "optimizer.batch_size": (optimizer.batch_size, 2, 1 << 24),
         "optimizer.learning_rate": (optimizer.learning_rate, 1e-9, 1e3),
@@ -224,12 +258,23 @@ def _check(recipe: Recipe, path: str) -> None:
         "optimizer.clip": (optimizer.clip, 0, 1e6),
         "optimizer.schedule.epochs": (schedule.epochs, 1, 100_000),
         "network.classes": (network.classes, 1, 1 << 24),
-        "network.dilation": (network.dilation, 1, 64),
         "input.crop_train": (images.crop_train, 16, 8192),
         "input.crop_val": (images.crop_val, 16, 8192),
-        "training.label_smoothing": (recipe.training.label_smoothing, 0, 1 - 1e-9),
-        "training.ema_decay": (recipe.training.ema_decay, 0, 1 - 1e-12),
+        "training.label_smoothing": (training.label_smoothing, 0, 1 - 1e-9),
+        "training.mixup": (training.mixup, 0, 100),
+        "training.cutmix": (training.cutmix, 0, 100),
+        "training.erase": (training.erase, 0, 1),
+        "training.repeats": (training.repeats, 1, 64),
+        "training.min_scale": (training.min_scale, 0.01, 1),
+        "training.hflip": (training.hflip, 0, 1),
+        "training.ema_decay": (training.ema_decay, 0, 1 - 1e-12),
+        "training.warmup_epochs": (training.warmup_epochs, 0, schedule.epochs - 1),
+        "training.warmup_factor": (training.warmup_factor, 0, 1),
+        "training.accumulate": (training.accumulate, 1, optimizer.batch_size),
+        "training.seed": (training.seed, 0, (1 << 32) - 1),
     }
+    if len(images.mean) != 3 or len(images.std) != 3 or min(images.std) <= 0:
+        raise RecipeError(f"{path}: input.mean and input.std are three numbers each, those of std above 0")
     for key, (value, low, high) in limits.items():
         if not low <= value <= high:
             raise RecipeError(f"{path}: {key} is {value}; it must be {low:g} to {high:g}")

@@ -1,0 +1,85 @@
+"""Who trains together: one process, or those that torchrun has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `count`, and the device that it uses."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def add(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes, written into `numbers`, on this process's device."""
+        if self.count > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process passes, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process passes."""
+        if self.count == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every process the first one's buffers, such as running statistics of the first one's images."""
+        if self.count > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+@contextlib.contextmanager
+def processes(device: str | None = None) -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did.
+
+    Args:
+        device: 'cpu', 'cuda', 'cuda:1' …; by default a GPU, that of the local rank, where there is one.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
+    together = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and together:
+        device = f"cuda:{local_rank}"
+    try:
+        chosen = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    if not together:
+        yield Processes(chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    yield Processes(chosen, dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error: it could wait for processes that are gone

@@ -1,0 +1,95 @@
+"""Snapshots of a run: whole or not there, the last few and the best kept, and read without running code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.errors import CheckpointError
+
+BEST = "best.pt"
+
+
+class Snapshots:
+    """The snapshots in a folder, `step-00001234.pt` and so on, and `best.pt`.
+
+    Args:
+        folder: made when the first is saved.
+        keep: how many of the last ones stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
+        """Write `state` (tensors and plain values); older ones go once it is whole.
+
+        Raises:
+            OSError: it cannot be written; what was there before stays.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        part = path.with_suffix(".partial")
+        try:
+            try:
+                with part.open("wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except RuntimeError as e:  # what torch.save makes of a full disk
+                raise OSError(f"{part}: cannot be written; is the disk full? ({str(e).splitlines()[0]})") from e
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        if best:
+            self._name_best(path)
+        for old in (*self.all()[: -self.keep], *self.folder.glob("*.partial")):
+            old.unlink(missing_ok=True)
+        return path
+
+    def _name_best(self, path: Path) -> None:
+        link = self.folder / "best.partial"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)  # costs no space while both names are there
+        except OSError:
+            shutil.copyfile(path, link)
+        os.replace(link, self.folder / BEST)
+
+    def all(self) -> list[Path]:
+        """The snapshots by step, oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest snapshot that can be read; None if there is none."""
+        for path in reversed(self.all()):
+            with contextlib.suppress(CheckpointError):
+                return path, read_snapshot(path)
+        return None
+
+    def remove_all(self) -> None:
+        """Delete every snapshot."""
+        for path in (*self.all(), self.folder / BEST):
+            path.unlink(missing_ok=True)
+
+
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """What `save` was given, on the CPU.
+
+    Raises:
+        CheckpointError: not there, damaged, or not a snapshot.
+    """
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path}: there is no such file") from e
+    except Exception as e:  # a damaged file fails in as many ways as it has bytes
+        raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
+    if not isinstance(state, dict) or not {"model", "optimizer", "position", "recipe"} <= state.keys():
+        raise CheckpointError(f"{path}: is not a snapshot of tools/train.py")
+    return state
