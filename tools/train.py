@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from iabn_hub.training.run import main
+from iabn_hub.training.command import main
 
 if __name__ == "__main__":
     sys.exit(main(Path(__file__).parent / "recipes"))

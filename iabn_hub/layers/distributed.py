@@ -84,7 +84,8 @@ class Peers:
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALONE = Peers()
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name until torch 2.13
+# The second is its name in older releases; some builds of torch have neither.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """From folders, tar files, shards or a dataset's name to batches that depend on seed and position alone.
 
-Every image is varied with random numbers of its own, drawn from (seed, epoch, position). So neither the number of workers
-nor a restart in the middle of an epoch changes what the network sees.
+Every image is varied with random numbers of its own, drawn from (seed, epoch, position). So neither the number of
+workers nor a restart in the middle of an epoch changes what the network sees.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     label: int
-    index: int
+    number: int
     broken: tuple[str, ...]
 
 
@@ -211,7 +211,7 @@ class Stream(IterableDataset[Sample]):
         return f"image {index} of the stream"
 
 
-class _random_numbers:  # noqa: N801  (reads as what it is)
+class _random_numbers:
     """Within, torch draws from (seed, epoch, position); afterwards it goes on where it was."""
 
     def __init__(self, seed: int, epoch: int, position: int) -> None:
@@ -251,10 +251,8 @@ class TrainBatches(Sampler[list[Key]]):
         return (self.images // self.batch_size - self.first_step) * self.passes
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
-        if self.repeats > 1:
-            order = order.repeat_interleave(self.repeats)
-        order = order.tolist()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.images, generator=generator).repeat_interleave(self.repeats).tolist()
         micro = self.batch_size // self.passes
         for first in range(self.first_step * self.batch_size, self.images - self.batch_size + 1, self.batch_size):
             for start in range(first, first + self.batch_size, micro):
@@ -268,7 +266,7 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(
         torch.stack([s.image for s in there if s.image is not None]) if there else torch.empty(0, 3, 1, 1),
         torch.tensor([s.label for s in there], dtype=torch.long),
-        torch.tensor([s.index for s in there], dtype=torch.long),
+        torch.tensor([s.number for s in there], dtype=torch.long),
         tuple(reason for sample in samples for reason in sample.broken),
     )
 

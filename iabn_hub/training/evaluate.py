@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ def evaluate(
     normalize.eval()
     mine = Score()
     started = time.perf_counter()
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     bar = tqdm(batches, text, total, unit="batch", disable=None if text and processes.first else True, leave=False)
     with torch.inference_mode():
         for batch in bar:

@@ -99,7 +99,7 @@ class Trainer:
         self.stop, self.on_broken = stop, on_broken
         training = recipe.training
         if training.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(recipe, network)
         self.rate = LearningRate(recipe, loader.steps)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=training.amp == "fp16")
@@ -112,6 +112,7 @@ class Trainer:
                 label_smoothing=training.label_smoothing,
                 num_classes=recipe.network.classes,
             )
+        self.classes: tuple[str, ...] | None = None  # their names, for the snapshots
         self.epoch = self.step = 0  # whole epochs and whole steps so far
         self.rows: list[Row] = []
         self.sums = dict.fromkeys(NUMBERS, 0.0)  # over the steps of this epoch
@@ -137,6 +138,7 @@ class Trainer:
             "rows": [dict(row) for row in self.rows],
             "best": self.best,
             "recipe": asdict(self.recipe),
+            "classes": self.classes,
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -165,7 +167,7 @@ class Trainer:
         model = self._wrapped()
         self.last_save = time.monotonic()
         while self.epoch < self.recipe.optimizer.schedule.epochs and not self.stopped:
-            self._train_epoch(model, journal)
+            self.train_epoch(model, journal)
             if self.stopped:
                 self.saved = self._save()
             else:
@@ -178,7 +180,8 @@ class Trainer:
         device = self.processes.device
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
-    def _train_epoch(self, model: nn.Module, journal: Journal) -> None:
+    def train_epoch(self, model: nn.Module, journal: Journal) -> None:
+        """The steps of an epoch that are still to do."""
         model.train()
         self.normalize.train()
         first = self.step - self.epoch * self.loader.steps
@@ -288,7 +291,7 @@ class Trainer:
         is_best = score.top1 > self.best
         self.best = max(self.best, score.top1)
         journal.epochs(self.rows)
-        journal.scalars({f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")}, self.step)
+        journal.scalars({f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step"}}, self.step)
         journal.say(
             f"epoch {self.epoch}/{self.recipe.optimizer.schedule.epochs}  loss {row['loss']:.4f}  "
             f"top-1 {score.top1:.2f} %  top-5 {score.top5:.2f} %  {row['images_per_second']:.0f} images/s, "

@@ -16,30 +16,26 @@ CLASSIFIER = "fc."
 CLASSIFIER_GAIN = 0.1
 
 
-def build_network(recipe: Recipe, pretrained: bool = False, checkpoint: str | None = None) -> nn.Module:
-    """The network of a recipe, its weights drawn as the recipe says, or loaded.
-
-    Args:
-        pretrained: load the published weights of the network's first checkpoint.
-        checkpoint: load this file or folder instead. A classifier for another number of classes is drawn anew.
-
-    Raises:
-        CheckpointError: the weights cannot be had or do not fit.
-    """
+def options_of(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe's network is created with."""
     network = recipe.network
-    stem = {"input_3x3": network.input_3x3} if recipe.has_stem else {}
-    model = create_model(
-        recipe.model,
-        pretrained=pretrained,
-        checkpoint=checkpoint,
-        num_classes=network.classes,
-        norm_layer=recipe.norm_layer,
-        activation=network.activation,
-        activation_param=network.activation_param,
-        **stem,
-    )
-    if not pretrained and checkpoint is None:
-        _draw_weights(model, recipe)
+    options: dict[str, Any] = {
+        "num_classes": network.classes,
+        "norm_layer": recipe.norm_layer,
+        "activation": network.activation,
+        "activation_param": network.activation_param,
+    }
+    if recipe.has_stem:
+        options["input_3x3"] = network.input_3x3
+    if recipe.training.signed_scale:
+        options["signed_scale"] = True
+    return options
+
+
+def build_network(recipe: Recipe) -> nn.Module:
+    """The network of a recipe, its weights drawn as the recipe says."""
+    model = create_model(recipe.model, **options_of(recipe))
+    _draw_weights(model, recipe)
     return model
 
 

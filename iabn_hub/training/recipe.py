@@ -91,6 +91,7 @@ class TrainingSection:
     repeats: int = 1  # how often an image comes in a row of an epoch, each time cropped anew (repeated augmentation)
     min_scale: float = 0.08  # smallest random crop, as a part of the area
     hflip: float = 0.5
+    signed_scale: bool = False  # in-place norms with scales below 0, as standard BatchNorm has them
     decay_norms: bool = True  # whether weight decay acts on scales and biases
     ema_decay: float = 0.0  # of an average of the weights, taken at every step; 0: none
     warmup_epochs: int = 0
@@ -157,8 +158,17 @@ def read_recipe(path: Path | str, changes: typing.Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: is not JSON: {e}") from e
     for change in changes:
         _change(content, change)
-    recipe: Recipe = _section(Recipe, content, str(path), "")
-    _check(recipe, str(path))
+    return recipe_from(content, str(path))
+
+
+def recipe_from(content: Any, path: str) -> Recipe:
+    """The recipe that parsed JSON holds; `path` is for messages.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
+    recipe: Recipe = _section(Recipe, content, path, "")
+    _check(recipe, path)
     return recipe
 
 

@@ -1,16 +1,13 @@
-"""The command that trains: `tools/train.py RECIPE DATA`."""
+"""One run of a recipe on some images: what is checked before it, and what it leaves."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,186 +15,65 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..checkpoints.errors import CheckpointError
 from ..checkpoints.export import save_safetensors, write_atomically
+from ..models.transfer import transfer
 from .data import DataError, Location, TrainLoader, check_alike, classes_of, open_split, val_loader
 from .evaluate import Score, evaluate
 from .journal import Journal
-from .loop import DivergedError, Trainer
-from .network import build_network
-from .processes import Processes, processes
-from .recipe import Recipe, RecipeError, read_recipe
+from .loop import Trainer
+from .network import build_network, options_of
+from .processes import Processes
+from .recipe import Recipe, RecipeError
 from .snapshots import Snapshots, read_snapshot
+from .sources import load_source
 from .transforms import Normalize, train_transform, val_transform
 
-DESCRIPTION = """Train a network as a recipe says, or fine-tune it, on one device or many.
 
-DATA is a folder with train/CLASS/* and val/CLASS/*, or train.tar and val.tar. With --dataset it is what timm reads under
-that name: shards (wds), Hugging Face datasets (hfds/NAME, streamed: hfids/NAME), torchvision's (torch/cifar10).
+@dataclass(frozen=True)
+class Options:
+    """What does not change the result of a run, and where it begins.
 
-The folder --out receives snapshots/ (to go on from, the best one as best.pt), recipe.json (with every change),
-train.log, metrics.csv, tensorboard/ and, at the end, model.safetensors, config.json, metrics.json and report.html.
+    Args:
+        out: folder of the run.
+        where: the images.
+        resume: 'auto' for the newest snapshot in `out`, or the path of one; None begins anew.
+        overwrite: remove the snapshots of an earlier run in `out`.
+        pretrained: begin with these weights, see `load_source`; '' for the published ones; None draws them.
+        workers: processes that read images, for each process that trains.
+        keep: snapshots that stay, besides the best.
+        minutes: from one snapshot within an epoch to the next.
+        max_broken: unreadable images to put up with.
+    """
 
-A run that was stopped, or killed at any moment, goes on with the same command and --resume auto, and ends with the same
-weights. Ctrl-C and SIGTERM save a snapshot first."""
-EXAMPLES = """examples:
-  python tools/train.py test_resnet_iabn.mnist data/mnist --out runs/digits
-  python tools/train.py resnet50_iabn.modern data/birds --pretrained --epochs 20 --set optimizer.learning_rate=0.02
-  torchrun --standalone --nproc-per-node 8 tools/train.py resnet50_iabn.sync_lr_512_in1k /data/imagenet --workers 12
-"""
-SHORTHANDS = {
-    "epochs": "optimizer.schedule.epochs",
-    "batch_size": "optimizer.batch_size",
-    "accumulate": "training.accumulate",
-    "amp": "training.amp",
-    "channels_last": "training.channels_last",
-    "compile": "training.compile",
-    "seed": "training.seed",
-}
-
-
-def parser(recipes: Path) -> argparse.ArgumentParser:
-    """The command's arguments; `recipes` is the folder in which a recipe's bare name is looked for."""
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.set_defaults(recipes=recipes)
-    p.add_argument("recipe", metavar="RECIPE", help=f"a JSON file, or a name in {recipes.name}/ ('list' shows them)")
-    p.add_argument("data", metavar="DATA", nargs="?", default="", help="a folder, see above")
-    p.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
-    start = p.add_argument_group("where it begins")
-    start.add_argument("--resume", metavar="auto|FILE", help="go on from the newest snapshot in --out, or from this one")
-    start.add_argument("--overwrite", action="store_true", help="remove an earlier run's snapshots in --out")
-    start.add_argument(
-        "--pretrained", metavar="FILE", nargs="?", const="", help="begin with the published weights, or with these"
-    )
-    what = p.add_argument_group("what differs from the recipe")
-    what.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="optimizer.learning_rate=0.05")
-    what.add_argument("--model", metavar="NAME", help="another network: resnet50_iabn, resnext101_abn …")
-    what.add_argument("--epochs", type=int)
-    what.add_argument("--batch-size", type=int, help="images a step, over all processes and passes")
-    what.add_argument("--accumulate", type=int, metavar="N", help="forward and backward passes that share a step")
-    what.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision")
-    what.add_argument("--channels-last", action="store_true", default=None)
-    what.add_argument("--compile", action="store_true", default=None, help="through torch.compile")
-    what.add_argument("--seed", type=int)
-    how = p.add_argument_group("how it runs")
-    how.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    how.add_argument("--workers", type=int, default=2, help="processes that read images, per process (default: 2)")
-    how.add_argument("--keep", type=int, default=2, help="snapshots that stay, besides the best (default: 2)")
-    how.add_argument("--minutes", type=float, default=30, help="between snapshots within an epoch (default: 30)")
-    how.add_argument("--max-broken", type=int, default=0, help="unreadable images to put up with (default: 0)")
-    add_location(p)
-    return p
+    out: Path
+    where: Location
+    resume: str | None = None
+    overwrite: bool = False
+    pretrained: str | None = None
+    workers: int = 2
+    keep: int = 2
+    minutes: float = 30
+    max_broken: int = 0
 
 
-def add_location(p: argparse.ArgumentParser) -> None:
-    """The arguments that say where images are."""
-    data = p.add_argument_group("data other than folders")
-    data.add_argument("--dataset", default="", help="timm's name: wds, hfds/NAME, hfids/NAME, torch/cifar10 …")
-    data.add_argument("--train-split", default="train", help="its name, or shards: 'train-{0000..0099}.tar'")
-    data.add_argument("--val-split", default="val")
-    data.add_argument("--train-samples", type=int, metavar="N", help="images in a stream that does not say it")
-    data.add_argument("--val-samples", type=int, metavar="N")
-    data.add_argument("--download", action="store_true", help="let the dataset's package fetch it")
+def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[[], bool]) -> bool:
+    """One run from its first check to its last file.
 
+    Args:
+        stop: asked at every step; true ends the run there, with a snapshot.
 
-def location(arguments: argparse.Namespace) -> Location:
-    """What the arguments say about where images are."""
-    names = ("dataset", "train_split", "val_split", "train_samples", "val_samples", "download")
-    return Location(arguments.data, **{name: getattr(arguments, name) for name in names})
+    Returns:
+        Whether it came to its end.
 
-
-def main(recipes: Path, argv: list[str] | None = None) -> int:
-    """Train; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM."""
-    p = parser(recipes)
-    arguments = p.parse_args(argv)
-    if arguments.recipe == "list":
-        print("\n".join(sorted(path.stem for path in recipes.glob("*.json"))))
-        return 0
-    if not arguments.data and not arguments.dataset:
-        p.error("name the folder of the images: RECIPE DATA")
-    for name, low in (("workers", 0), ("keep", 1), ("max_broken", 0), ("minutes", 0)):
-        if getattr(arguments, name) < low:
-            p.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be {low} or more")
-    if arguments.resume and (arguments.overwrite or arguments.pretrained is not None):
-        p.error("--resume goes on with what is there: leave --overwrite and --pretrained out")
-    try:
-        recipe = _recipe(arguments)
-        with processes(arguments.device) as everyone, _signals() as signals:
-            return train(recipe, arguments, everyone, signals)
-    except RecipeError as e:
-        return _complain(e, 2)
-    except (CheckpointError, DataError, DivergedError, ValueError, OSError) as e:
-        return _complain(e, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted; the snapshots in --out are whole, go on with --resume auto", 130)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"train.py: {message}", file=sys.stderr)
-    return code
-
-
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    path = Path(arguments.recipe)
-    if not path.is_file() and not path.suffix == ".json":
-        path = arguments.recipes / f"{arguments.recipe}.json"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in arguments.recipes.glob("*.json")))
-        raise RecipeError(f"{arguments.recipe}: there is no such file or recipe; there are {names}")
-    changes = list(arguments.set)
-    if arguments.model:
-        arch, _, kind = arguments.model.rpartition("_")
-        if kind not in ("iabn", "abn"):
-            raise RecipeError(f"--model is {arguments.model!r}, not a name such as resnet50_iabn")
-        changes.append(f"network.arch={arch}")
-        if kind == "abn":
-            changes.append("network.bn_mode=standard")
-    for name, key in SHORTHANDS.items():
-        value = getattr(arguments, name)
-        if value is not None:
-            changes.append(f"{key}={json.dumps(value)}")
-    arguments.out = arguments.out or Path("runs") / path.stem
-    return read_recipe(path, changes)
-
-
-class _Signals:
-    """The first SIGINT or SIGTERM, once it has come."""
-
-    received: int = 0
-
-    def __bool__(self) -> bool:
-        return self.received != 0
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one is as deadly as ever."""
-    signals = _Signals()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _: Any) -> None:
-        signals.received = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(recipe: Recipe, arguments: argparse.Namespace, everyone: Processes, signals: _Signals) -> int:
-    """One run from its first check to its last file; returns the exit code."""
+    Raises:
+        RecipeError, DataError, CheckpointError: what the run needs is not there or does not go together.
+        DivergedError: the loss is no longer finite.
+    """
     started = time.time()
-    training, where = recipe.training, location(arguments)
+    training, where = recipe.training, options.where
     _check_batches(recipe, everyone.count)
-    snapshots = Snapshots(arguments.out / "snapshots", arguments.keep)
-    found = _start(arguments, snapshots, everyone)
+    snapshots = Snapshots(options.out / "snapshots", options.keep)
+    found = _start(options, snapshots, everyone)
     micro = recipe.optimizer.batch_size // training.accumulate // everyone.count
     source = open_split(where, where.train_split, True, micro, training.seed)
     held_out = open_split(where, where.val_split)
@@ -208,16 +84,20 @@ def train(recipe: Recipe, arguments: argparse.Namespace, everyone: Processes, si
         recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, classes=len(classes)))
     loader = TrainLoader(
         source, train_transform(recipe), recipe.optimizer.batch_size, training.accumulate, training.repeats,
-        training.seed, arguments.workers, everyone,
+        training.seed, options.workers, everyone,
     )  # fmt: skip
     images = recipe.input
-    val = val_loader(held_out, val_transform(images.scale_val, images.crop_val), micro, arguments.workers, everyone)
+    val = val_loader(held_out, val_transform(images.scale_val, images.crop_val), micro, options.workers, everyone)
     normalize = Normalize(images, images.lighting_train).to(everyone.device)
 
+    notes: list[str] = []
     torch.manual_seed(training.seed)
-    pretrained = arguments.pretrained
-    network = build_network(recipe, pretrained == "", pretrained or None).to(everyone.device)
-    broken = _Broken(arguments.max_broken)
+    network = build_network(recipe)
+    if options.pretrained is not None and not found:
+        begin = load_source(options.pretrained or recipe.model, recipe.model)
+        notes = [f"begins with the weights of {begin.text}", *transfer(begin.model, network)]
+    network = network.to(everyone.device)
+    broken = _Broken(options.max_broken)
 
     def validate(network: nn.Module) -> Score:
         score = evaluate(
@@ -226,39 +106,39 @@ def train(recipe: Recipe, arguments: argparse.Namespace, everyone: Processes, si
         broken(tuple(score.broken))
         return score
 
-    trainer = Trainer(
-        recipe, network, loader, normalize, validate, everyone, snapshots, arguments.minutes, signals.__bool__, broken
-    )
+    trainer = Trainer(recipe, network, loader, normalize, validate, everyone, snapshots, options.minutes, stop, broken)
+    trainer.classes = classes
     if found:
         _check_same(recipe, classes, *found)
         trainer.restore(found[1], found[0])
-    _check_space(arguments.out, trainer, arguments.keep)
+    _check_space(options.out, trainer, options.keep)
     batch, epochs = recipe.optimizer.batch_size, recipe.optimizer.schedule.epochs
     done = trainer.step * batch
-    journal = Journal(arguments.out, everyone, epochs * loader.steps * batch, done, trainer.step)
+    journal = Journal(options.out, everyone, epochs * loader.steps * batch, done, trainer.step)
     broken.say = journal.say
     try:
         if everyone.first:
-            write_atomically(arguments.out / "recipe.json", recipe.to_json().encode())
+            write_atomically(options.out / "recipe.json", recipe.to_json().encode())
         count = f"{len(classes)} classes" if classes else f"{recipe.network.classes} classes, as the recipe says"
         if classes and len(classes) != listed:
             count += f" (the recipe: {listed})"
         journal.say(
             f"{recipe.model} ({recipe.norm_layer}) on {everyone.count} × {everyone.device}: {loader.images:,} images, "
-            f"{count}; {epochs} epochs of {loader.steps:,} steps of {batch}; results in {arguments.out}"
+            f"{count}; {epochs} epochs of {loader.steps:,} steps of {batch}; results in {options.out}"
         )
+        for note in notes:
+            journal.say(note)
         if found:
             for change in _changes(recipe, found[1]["recipe"]):
                 journal.say(f"changed since the snapshot: {change}")
             journal.say(f"going on from {found[0]}: epoch {trainer.epoch + 1}, step {trainer.step:,}")
         trainer.run(journal)
         if trainer.stopped:
-            number = signals.received or signal.SIGTERM
             journal.say(f"stopped at step {trainer.step:,} with a snapshot; go on with --resume auto")
-            return 128 + number
+            return False
         if everyone.first:
-            _finish(recipe, arguments, trainer, classes, journal, time.time() - started)
-        return 0
+            _finish(recipe, options.out, trainer, classes, journal, time.time() - started)
+        return True
     finally:
         journal.close()
 
@@ -270,28 +150,27 @@ def _check_batches(recipe: Recipe, count: int) -> None:
     micro = batch // count // passes
     mixed = recipe.training.mixup or recipe.training.cutmix
     if micro < 2 or (mixed and micro % 2):
-        need = "an even number of images, for mixup and cutmix" if mixed else "2 images or more, to normalise over"
-        raise RecipeError(f"--batch-size {batch} leaves {micro} to each of {count} processes × {passes} passes: need {need}")
+        need = "mixup and cutmix need an even number" if mixed else "normalising needs 2 or more"
+        raise RecipeError(f"--batch-size {batch} leaves {micro} to each of {count} processes × {passes} passes; {need}")
 
 
-def _start(
-    arguments: argparse.Namespace, snapshots: Snapshots, everyone: Processes
-) -> tuple[Path, dict[str, Any]] | None:
+def _start(options: Options, snapshots: Snapshots, everyone: Processes) -> tuple[Path, dict[str, Any]] | None:
     """The snapshot to go on from, if that was asked for; else a folder that holds no run."""
-    if arguments.resume and arguments.resume != "auto":
-        return Path(arguments.resume), read_snapshot(Path(arguments.resume))
+    if options.resume and options.resume != "auto":
+        return Path(options.resume), read_snapshot(Path(options.resume))
     found = snapshots.latest() if everyone.first else None
     path: Path | None = everyone.from_first(found[0] if found else None)
-    if arguments.resume:
+    if options.resume:
         return (path, found[1] if found else read_snapshot(path)) if path else None
-    if path and not arguments.overwrite:
-        raise ValueError(f"{arguments.out} holds a run already: go on with it by --resume auto, or pass --overwrite")
-    if path and everyone.first:
+    there = everyone.from_first(path is not None or (options.out / "model.safetensors").exists())
+    if there and not options.overwrite:
+        raise ValueError(f"{options.out} holds a run already: go on with it by --resume auto, or pass --overwrite")
+    if there and everyone.first:
         snapshots.remove_all()
     return None
 
 
-def _changes(recipe: Recipe, saved: dict[str, Any], prefix: str = "") -> list[str]:
+def _changes(recipe: Any, saved: dict[str, Any], prefix: str = "") -> list[str]:
     today = recipe if isinstance(recipe, dict) else dataclasses.asdict(recipe)
     found = []
     for key, value in today.items():
@@ -309,7 +188,8 @@ def _check_same(recipe: Recipe, classes: tuple[str, ...] | None, path: Path, sta
     for change in _changes(recipe, state["recipe"]):
         if change.startswith(fixed):
             raise RecipeError(f"{path}: this run cannot go on with {change}; begin a new one in another --out")
-    ...
+    if state["classes"] != classes:
+        raise DataError(f"{path}: was trained on other classes than the data has now; begin a new run in another --out")
 
 
 def _check_space(out: Path, trainer: Trainer, keep: int) -> None:
@@ -322,7 +202,9 @@ def _check_space(out: Path, trainer: Trainer, keep: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < need:
-        raise OSError(f"{place}: {free:,} bytes are free, the snapshots need {need:,}: pass a smaller --keep or another --out")
+        raise OSError(
+            f"{place}: {free:,} bytes are free, the snapshots need {need:,}: pass a smaller --keep or another --out"
+        )
 
 
 class _Broken:
@@ -344,11 +226,8 @@ class _Broken:
             )
 
 
-def _finish(
-    recipe: Recipe, arguments: argparse.Namespace, trainer: Trainer, classes: Any, journal: Journal, seconds: float
-) -> None:
+def _finish(recipe: Recipe, out: Path, trainer: Trainer, classes: Any, journal: Journal, seconds: float) -> None:
     """The weights and what there is to say about them."""
-    out: Path = arguments.out
     last = trainer.rows[-1]
     state = {name: value.detach().cpu().contiguous() for name, value in trainer.judged.state_dict().items()}
     weights = out / "model.safetensors"
@@ -371,20 +250,18 @@ def _finish(
 
 def _config(recipe: Recipe, classes: tuple[str, ...] | None) -> dict[str, Any]:
     """timm's description of the weights beside it, by which `local-dir:` and `hf-hub:` rebuild the network."""
-    images, network = recipe.input, recipe.network
-    options: dict[str, Any] = {"activation": network.activation, "activation_param": network.activation_param}
-    if recipe.norm_layer == "abn":
-        options["norm_layer"] = "abn"
-    if recipe.has_stem:
-        options["input_3x3"] = network.input_3x3
+    images, options = recipe.input, options_of(recipe)
+    classes_count = options.pop("num_classes")
+    if options["norm_layer"] == "iabn_sync":
+        options["norm_layer"] = "iabn"  # it is the same once it is trained
     scale = images.scale_val if images.scale_val > 0 else images.crop_val
     return {
         "architecture": recipe.model,
-        "num_classes": network.classes,
+        "num_classes": classes_count,
         **({"label_names": list(classes)} if classes else {}),
         "model_args": options,
         "pretrained_cfg": {
-            "num_classes": network.classes,
+            "num_classes": classes_count,
             "input_size": [3, images.crop_val, images.crop_val],
             "crop_pct": images.crop_val / scale,
             "interpolation": "bilinear",

@@ -13,6 +13,7 @@ import torch
 from ..checkpoints.errors import CheckpointError
 
 BEST = "best.pt"
+HELD = {"model", "ema", "optimizer", "position", "recipe", "classes"}
 
 
 class Snapshots:
@@ -90,6 +91,6 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: there is no such file") from e
     except Exception as e:  # a damaged file fails in as many ways as it has bytes
         raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
-    if not isinstance(state, dict) or not {"model", "optimizer", "position", "recipe"} <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= HELD:
         raise CheckpointError(f"{path}: is not a snapshot of tools/train.py")
     return state

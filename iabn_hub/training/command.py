@@ -1,0 +1,180 @@
+"""The command that trains: `tools/train.py RECIPE DATA`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.errors import CheckpointError
+from .data import DataError, Location
+from .loop import DivergedError
+from .processes import processes
+from .recipe import Recipe, RecipeError, read_recipe
+from .run import Options, train
+
+DESCRIPTION = """Train a network as a recipe says, or fine-tune it, on one device or many.
+
+DATA is a folder with train/CLASS/* and val/CLASS/*, or train.tar and val.tar. With --dataset it is what timm reads
+under that name: shards (wds), Hugging Face datasets (hfds/NAME, streamed: hfids/NAME), torchvision's (torch/cifar10).
+
+The folder --out receives snapshots/ (to go on from, the best one as best.pt), recipe.json (with every change),
+train.log, metrics.csv, tensorboard/ and, at the end, model.safetensors, config.json, metrics.json and report.html.
+
+A run that was stopped, or killed at any moment, goes on with the same command and --resume auto, and ends with the same
+weights. Ctrl-C and SIGTERM save a snapshot first."""
+EXAMPLES = """examples:
+  python tools/train.py test_resnet_iabn.mnist data/mnist --out runs/digits
+  python tools/train.py resnet50_iabn.modern data/birds --pretrained --epochs 20 --set optimizer.learning_rate=0.02
+  torchrun --standalone --nproc-per-node 8 tools/train.py resnet50_iabn.sync_lr_512_in1k /data/imagenet --workers 12
+"""
+SHORTHANDS = {
+    "epochs": "optimizer.schedule.epochs",
+    "batch_size": "optimizer.batch_size",
+    "accumulate": "training.accumulate",
+    "amp": "training.amp",
+    "channels_last": "training.channels_last",
+    "compile": "training.compile",
+    "seed": "training.seed",
+}
+
+
+def parser(recipes: Path) -> argparse.ArgumentParser:
+    """The command's arguments; `recipes` is the folder in which a recipe's bare name is looked for."""
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.set_defaults(recipes=recipes)
+    p.add_argument("recipe", metavar="RECIPE", help=f"a JSON file, or a name in {recipes.name}/ ('list' shows them)")
+    p.add_argument("data", metavar="DATA", nargs="?", default="", help="a folder, see above")
+    p.add_argument("--out", type=Path, help="folder of the run (default: runs/RECIPE)")
+    start = p.add_argument_group("where it begins")
+    start.add_argument(
+        "--resume", metavar="auto|FILE", help="go on from the newest snapshot in --out, or from this one"
+    )
+    start.add_argument("--overwrite", action="store_true", help="remove an earlier run's snapshots in --out")
+    start.add_argument(
+        "--pretrained", metavar="FILE", nargs="?", const="", help="begin with the published weights, or with these"
+    )
+    what = p.add_argument_group("what differs from the recipe")
+    what.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="optimizer.learning_rate=0.05")
+    what.add_argument("--model", metavar="NAME", help="another network: resnet50_iabn, resnext101_abn …")
+    what.add_argument("--epochs", type=int)
+    what.add_argument("--batch-size", type=int, help="images a step, over all processes and passes")
+    what.add_argument("--accumulate", type=int, metavar="N", help="forward and backward passes that share a step")
+    what.add_argument("--amp", choices=("off", "bf16", "fp16"), help="mixed precision")
+    what.add_argument("--channels-last", action="store_true", default=None)
+    what.add_argument("--compile", action="store_true", default=None, help="through torch.compile")
+    what.add_argument("--seed", type=int)
+    how = p.add_argument_group("how it runs")
+    how.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    how.add_argument("--workers", type=int, default=2, help="processes that read images, per process (default: 2)")
+    how.add_argument("--keep", type=int, default=2, help="snapshots that stay, besides the best (default: 2)")
+    how.add_argument("--minutes", type=float, default=30, help="between snapshots within an epoch (default: 30)")
+    how.add_argument("--max-broken", type=int, default=0, help="unreadable images to put up with (default: 0)")
+    data = p.add_argument_group("data other than folders")
+    data.add_argument("--dataset", default="", help="timm's name: wds, hfds/NAME, hfids/NAME, torch/cifar10 …")
+    data.add_argument("--train-split", default="train", help="its name, or shards: 'train-{0000..0099}.tar'")
+    data.add_argument("--val-split", default="val")
+    data.add_argument("--train-samples", type=int, metavar="N", help="images in a stream that does not say it")
+    data.add_argument("--val-samples", type=int, metavar="N")
+    data.add_argument("--download", action="store_true", help="let the dataset's package fetch it")
+    return p
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(arguments, name) for name in names}
+
+    images = given("dataset", "train_split", "val_split", "train_samples", "val_samples", "download")
+    how = given("out", "resume", "overwrite", "pretrained", "workers", "keep", "minutes", "max_broken")
+    return Options(where=Location(arguments.data, **images), **how)
+
+
+def main(recipes: Path, argv: list[str] | None = None) -> int:
+    """Train; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM."""
+    p = parser(recipes)
+    arguments = p.parse_args(argv)
+    if arguments.recipe == "list":
+        print("\n".join(sorted(path.stem for path in recipes.glob("*.json"))))
+        return 0
+    if not arguments.data and not arguments.dataset:
+        p.error("name the folder of the images: RECIPE DATA")
+    for name, low in (("workers", 0), ("keep", 1), ("max_broken", 0), ("minutes", 0)):
+        if getattr(arguments, name) < low:
+            p.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be {low} or more")
+    if arguments.resume and (arguments.overwrite or arguments.pretrained is not None):
+        p.error("--resume goes on with what is there: leave --overwrite and --pretrained out")
+    try:
+        recipe = _recipe(arguments)
+        with processes(arguments.device) as everyone, _signals() as signals:
+            finished = train(recipe, _options(arguments), everyone, signals.__bool__)
+            return 0 if finished else 128 + (signals.received or signal.SIGTERM)
+    except RecipeError as e:
+        return _complain(e, 2)
+    except (CheckpointError, DataError, DivergedError, ValueError, OSError) as e:
+        return _complain(e, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the snapshots in --out are whole, go on with --resume auto", 130)
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return code
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    path = Path(arguments.recipe)
+    if not path.is_file() and path.suffix != ".json":
+        path = arguments.recipes / f"{arguments.recipe}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in arguments.recipes.glob("*.json")))
+        raise RecipeError(f"{arguments.recipe}: there is no such file or recipe; there are {names}")
+    changes = list(arguments.set)
+    if arguments.model:
+        arch, _, kind = arguments.model.rpartition("_")
+        if kind not in ("iabn", "abn"):
+            raise RecipeError(f"--model is {arguments.model!r}, not a name such as resnet50_iabn")
+        changes.append(f"network.arch={arch}")
+        if kind == "abn":
+            changes.append("network.bn_mode=standard")
+    for name, key in SHORTHANDS.items():
+        value = getattr(arguments, name)
+        if value is not None:
+            changes.append(f"{key}={json.dumps(value)}")
+    arguments.out = arguments.out or Path("runs") / path.stem
+    return read_recipe(path, changes)
+
+
+class _Signals:
+    """The first SIGINT or SIGTERM, once it has come."""
+
+    received: int = 0
+
+    def __bool__(self) -> bool:
+        return self.received != 0
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Note SIGINT and SIGTERM instead of dying of them; a second one is as deadly as ever."""
+    signals = _Signals()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        signals.received = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,125 @@
+"""Networks with weights, from whatever names them: the catalogue, a run of `tools/train.py`, a snapshot, a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import timm.data
+from torch import nn
+
+from ..checkpoints.catalogue import Checkpoint, find
+from ..checkpoints.errors import CheckpointError, UnknownNameError
+from ..checkpoints.weights import read_weights
+from ..classify import labels_of
+from ..models import ARCHITECTURES, create_model
+from ..models.transfer import transfer
+from .network import options_of
+from .recipe import InputSection, recipe_from
+from .snapshots import BEST, read_snapshot
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network with its weights; `options` and `arch` would create another like it.
+
+    `input` has the sizes that the weights were validated with; `classes` are their names, where known.
+    """
+
+    model: nn.Module
+    arch: str
+    options: dict[str, Any]
+    text: str
+    input: InputSection
+    classes: tuple[str, ...] | None = None
+    record: Checkpoint | None = None
+    changes: list[str] = field(default_factory=list)
+
+    def rebuilt(self, **options: Any) -> Source:
+        """The same weights in a network created with other options; `changes` says what differs."""
+        options = {**self.options, **options}
+        in_place = options.get("norm_layer", "abn" if self.arch.endswith("_abn") else "iabn") != "abn"
+        if in_place and any(float(p.min()) < 0 for n, p in self.model.named_parameters() if p.dim() == 1):
+            options.setdefault("signed_scale", True)
+        model = create_model(self.arch, **options)
+        changes = transfer(self.model, model)
+        return Source(model, self.arch, options, self.text, self.input, self.classes, self.record, changes)
+
+
+def load_source(what: str, arch: str | None = None) -> Source:
+    """The network that `what` names.
+
+    Args:
+        what: `model` or `model.tag`; the folder of a run; a snapshot; a file of weights, legacy or ours.
+        arch: the architecture of a file that does not say it.
+
+    Raises:
+        UnknownNameError: neither a file nor a name.
+        CheckpointError: the weights cannot be had, or the architecture is not known.
+    """
+    path = Path(what).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".pt":
+        return _from_snapshot(path)
+    if path.is_file():
+        return _from_file(path, arch)
+    record = find(what)
+    if record.task != "classification":
+        raise UnknownNameError(f"{record.name} is for {record.task}, not for classification")
+    model = create_model(record.name, pretrained=True)
+    classes = tuple(labels_of(record, record.num_classes))
+    options = {**record.options, "num_classes": record.num_classes}
+    return Source(model, record.model, options, record.name, _input_of(model), classes, record)
+
+
+def _from_folder(folder: Path) -> Source:
+    if not (folder / "config.json").is_file():
+        best = folder / "snapshots" / BEST
+        if best.is_file():
+            return _from_snapshot(best)
+        raise CheckpointError(f"{folder}: is no folder of a run: it has neither config.json nor snapshots/{BEST}")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model = create_model(f"local-dir:{folder}", pretrained=True)
+        options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
+        names = config.get("label_names")
+        arch = config["architecture"]
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{folder}/config.json: does not describe a network of ours ({e})") from e
+    return Source(model, arch, options, str(folder), _input_of(model), tuple(names) if names else None)
+
+
+def _from_snapshot(path: Path) -> Source:
+    state = read_snapshot(path)
+    recipe = recipe_from(state["recipe"], str(path))
+    options = options_of(recipe)
+    model = create_model(recipe.model, **options)
+    model.load_state_dict(state["ema"] or state["model"])
+    return Source(model, recipe.model, options, str(path), recipe.input, state["classes"])
+
+
+def _from_file(path: Path, arch: str | None) -> Source:
+    if path.suffix == ".safetensors" and arch is None:
+        if (path.parent / "config.json").is_file():
+            return _from_folder(path.parent)
+        with safetensors.safe_open(path, "pt") as file:
+            arch = (file.metadata() or {}).get("arch")
+    if arch is None or arch not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: of which network are these weights? Pass --arch, such as --arch resnet50_iabn")
+    weights = read_weights(path)
+    heads = [v for name, v in weights.items() if name.endswith("fc.weight")]
+    options: dict[str, Any] = {"num_classes": len(heads[0])} if heads else {}
+    model = create_model(arch, checkpoint=path, **options)
+    return Source(model, arch, options, str(path), _input_of(model))
+
+
+def _input_of(model: nn.Module) -> InputSection:
+    """The sizes of the network's published protocol."""
+    cfg = timm.data.resolve_model_data_config(model)
+    crop = cfg["input_size"][-1]
+    scale = round(crop / cfg["crop_pct"])
+    return InputSection(scale_val=scale, crop_val=crop, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]))
