@@ -18,11 +18,13 @@ import torch
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..images import ImageError, open_rgb
 from .processes import Processes
 from .transforms import Transform
 
+MODEST = 19  # niceness of workers that share the cores with the network: they take what its threads leave idle
 SUBSTITUTES = 10  # images tried in a broken one's place
 Key = tuple[int, int, int]  # epoch, position in the epoch, index
 
@@ -78,7 +80,7 @@ def open_split(location: Location, split: str, training: bool = False, batch_siz
             return _open_folder(root, split)
         samples = location.train_samples if training else location.val_samples
         return timm.data.create_dataset(
-            location.dataset,
+            location.dataset if "/" in location.dataset else f"{location.dataset}/",
             root=location.root or None,
             split=split,
             is_training=training,
@@ -98,11 +100,12 @@ def _open_folder(root: Path, split: str) -> Any:
     folder, tar = root / split, root / f"{split}.tar"
     if tar.is_file() or (folder.is_dir() and any(folder.glob("*.tar"))):
         place = tar if tar.is_file() else folder
-        # timm would keep its list of a large tar's content beside it, as a pickle.
-        return timm.data.ImageDataset(str(place), reader=ReaderImageInTar(str(place), cache_tarinfo=False))
+        # timm would keep a pickle beside a large tar, and open files that forked workers share with their positions.
+        reader = ReaderImageInTar(str(place), cache_tarfiles=False, cache_tarinfo=False)
+        return timm.data.ImageDataset(str(place), reader=reader)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*")
-    source = timm.data.create_dataset("", root=str(folder), search_split=False)
+    source = timm.data.create_dataset("", root=str(folder), search_split=False, input_key=";".join(IMG_EXTENSIONS))
     filled = {Path(path).relative_to(folder).parts[0] for path, _ in source.reader.samples}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and entry.name not in filled and not entry.name.startswith("."):
@@ -271,10 +274,24 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+def _loader_options(workers: int, processes: Processes) -> dict[str, Any]:
+    return {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "worker_init_fn": _start_modest_worker if processes.device.type == "cpu" else _start_worker,
+        "pin_memory": processes.device.type == "cuda",
+    }
+
+
 def _start_worker(_: int) -> None:
     # Ctrl-C and a cluster's SIGTERM reach the whole group; the main process decides, and ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _start_modest_worker(number: int) -> None:
+    _start_worker(number)
+    os.nice(MODEST)
 
 
 class TrainLoader:
@@ -302,12 +319,7 @@ class TrainLoader:
                 f"there are {images} training images, fewer than one batch of {batch_size}: pass a smaller --batch-size"
             )
         self.images, self.passes, self.seed = images, passes, seed
-        options: dict[str, Any] = {
-            "num_workers": workers,
-            "collate_fn": collate,
-            "worker_init_fn": _start_worker,
-            "pin_memory": processes.device.type == "cuda",
-        }
+        options = _loader_options(workers, processes)
         self.stream: Stream | None = None
         if isinstance(source, IterableDataset):
             self.stream = Stream(source, transform, seed, True, processes)
@@ -347,12 +359,7 @@ class TrainLoader:
 
 def val_loader(source: Any, transform: Transform, batch_size: int, workers: int, processes: Processes) -> Any:
     """A loader of this process's share of the images, each of them exactly once over all processes."""
-    options: dict[str, Any] = {
-        "num_workers": workers,
-        "collate_fn": collate,
-        "worker_init_fn": _start_worker,
-        "pin_memory": processes.device.type == "cuda",
-    }
+    options = _loader_options(workers, processes)
     if isinstance(source, IterableDataset):
         source.set_loader_cfg(workers)  # type: ignore[attr-defined]
         return DataLoader(Stream(source, transform, 0, False, processes), batch_size, **options)

@@ -244,12 +244,7 @@ class Trainer:
             return
         numbers = dict(zip(NUMBERS, values))
         if not math.isfinite(numbers["loss"]):
-            saved = f"The last good snapshot is {self.saved}" if self.saved else "There is no snapshot yet"
-            raise DivergedError(
-                f"the loss is {numbers['loss']} at step {step:,} (epoch {self.epoch + 1}). {saved}: go on from it, or "
-                "begin anew, with a lower learning rate (--set optimizer.learning_rate=…) or gradient clipping "
-                "(--set optimizer.clip=1)"
-            )
+            raise self._diverged(f"the loss is {numbers['loss']} at step {step:,}")
         self.stopped = self.stopped or numbers["stop"] > 0
         for name, value in numbers.items():
             self.sums[name] += value
@@ -265,6 +260,13 @@ class Trainer:
                 },
                 step,
             )
+
+    def _diverged(self, what: str) -> DivergedError:
+        saved = f"The last good snapshot is {self.saved}" if self.saved else "There is no snapshot yet"
+        return DivergedError(
+            f"{what} (epoch {self.epoch + 1}). {saved}: go on from it, or begin anew, with a lower learning rate "
+            "(--set optimizer.learning_rate=…) or gradient clipping (--set optimizer.clip=1)"
+        )
 
     def _end_epoch(self, journal: Journal) -> None:
         seconds = self.clock.seconds()
@@ -301,7 +303,12 @@ class Trainer:
 
     def _save(self, best: bool = False) -> Path | None:
         self.last_save = time.monotonic()
-        return self.snapshots.save(self.state(), self.step, best) if self.processes.first else None
+        if not self.processes.first:
+            return None
+        values = [value for value in self.network.state_dict().values() if value.is_floating_point()]
+        if not all(value.isfinite().all() for value in values):  # the loss would tell a step later
+            raise self._diverged(f"the weights are no longer finite after step {self.step:,}")
+        return self.snapshots.save(self.state(), self.step, best)
 
 
 def _count(numbers: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:

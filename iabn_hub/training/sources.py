@@ -15,6 +15,7 @@ from ..checkpoints.catalogue import Checkpoint, find
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.weights import read_weights
 from ..classify import labels_of
+from ..layers import ABN, InPlaceABN
 from ..models import ARCHITECTURES, create_model
 from ..models.transfer import transfer
 from .network import options_of
@@ -41,9 +42,9 @@ class Source:
     def rebuilt(self, **options: Any) -> Source:
         """The same weights in a network created with other options; `changes` says what differs."""
         options = {**self.options, **options}
-        in_place = options.get("norm_layer", "abn" if self.arch.endswith("_abn") else "iabn") != "abn"
-        if in_place and any(float(p.min()) < 0 for n, p in self.model.named_parameters() if p.dim() == 1):
-            options.setdefault("signed_scale", True)
+        standard = any(isinstance(m, ABN) and not isinstance(m, InPlaceABN) for m in self.model.modules())
+        if standard and options.get("norm_layer", "abn") != "abn":
+            options["signed_scale"] = True  # the scales of standard BatchNorm may be negative
         model = create_model(self.arch, **options)
         changes = transfer(self.model, model)
         return Source(model, self.arch, options, self.text, self.input, self.classes, self.record, changes)

@@ -60,20 +60,16 @@ def val_transform(scale: int, crop: int, ten_crop: bool = False) -> Transform:
     """
     steps: list[Any] = [v2.Resize(scale)] if scale > 0 else []
     if ten_crop:
-        # An image smaller than the crop is padded, as CenterCrop does it.
-        steps += [v2.Lambda(functools.partial(_at_least, crop=crop)), v2.TenCrop(crop), v2.PILToTensor()]
-        steps.append(v2.Lambda(torch.stack))
+        steps.append(v2.Lambda(functools.partial(_ten_crops, crop=crop)))
     else:
         steps += [v2.CenterCrop(crop), v2.PILToTensor()]
     return v2.Compose(steps)
 
 
-def _at_least(image: Image.Image, crop: int) -> Image.Image:
-    if min(image.size) >= crop:
-        return image
+def _ten_crops(image: Image.Image, crop: int) -> Tensor:
     width, height = (max(side, crop) for side in image.size)
-    padded: Image.Image = v2.CenterCrop((height, width))(image)
-    return padded
+    padded = v2.functional.center_crop(image, [height, width])  # an image that is smaller, as CenterCrop does it
+    return torch.stack([v2.functional.pil_to_tensor(part) for part in v2.functional.ten_crop(padded, [crop])])
 
 
 class Normalize(nn.Module):

@@ -9,12 +9,21 @@ from iabn_hub.training.recipe import RecipeError, read_recipe
 
 from ..paths import TOOLS
 
+RECIPES = sorted((TOOLS / "recipes").glob("*.json"))
 PUBLISHED = [r for r in records_at_import().values() if r.training and r.dataset.startswith("imagenet")]
 
 
-def test_there_are_nine_published_classifiers():
+def test_every_published_classifier_and_every_resnet_has_a_recipe():
     assert len(PUBLISHED) == 9
-    assert {path.stem for path in (TOOLS / "recipes").glob("*.json")} == {record.name for record in PUBLISHED}
+    published = {record.name for record in PUBLISHED}
+    resnets = {f"resnet{depth}_iabn.modern" for depth in (18, 34, 50, 101, 152)}
+    digits = {"test_resnet_iabn.mnist", "resnet18_iabn.mnist"}
+    assert {path.stem for path in RECIPES} == published | resnets | digits
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_named_for_its_network(path):
+    assert read_recipe(path).model == path.stem.partition(".")[0]
 
 
 @pytest.mark.parametrize("record", PUBLISHED, ids=lambda record: record.name)

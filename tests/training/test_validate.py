@@ -1,0 +1,145 @@
+"""tools/validate.py measures what the catalogue says, whatever names the network, and says what it cannot do."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import iabn_hub
+from iabn_hub.checkpoints import fetch_checkpoint, find
+from iabn_hub.training import validate
+
+from ..paths import DATA
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The 1,000 held-out digits as an image folder; the sheet has 28 × 28 pixels each, 40 in a row, 100 a class."""
+    root = tmp_path_factory.mktemp("digits")
+    sheet = np.asarray(Image.open(DATA / "mnist_held_out.png"))
+    for number, digit in enumerate(sheet.reshape(25, 28, 40, 28).swapaxes(1, 2).reshape(-1, 28, 28)):
+        folder = root / "val" / str(number // 100)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digit).save(folder / f"{number:04d}.png")
+    return root
+
+
+def test_the_bundled_network_passes_its_check(measure, digits):
+    code, found = measure("test_resnet_iabn.mnist", digits, "--check")
+    listed = find("test_resnet_iabn.mnist").result("64")
+    assert (code, found["images"]) == (0, 1000)
+    assert (found["top1"], found["top5"]) == (pytest.approx(listed.top1), pytest.approx(listed.top5))
+    assert found["check"]["passed"]
+    assert found["top1"] >= 97
+    assert fetch_checkpoint(find("test_resnet_iabn.mnist")).stat().st_size <= 3_000_000
+    assert [row["images"] for row in found["per_class"]] == [100] * 10
+    assert sum(row["top1"] for row in found["per_class"]) / 10 == pytest.approx(found["top1"])
+
+
+def test_a_figure_that_is_not_reached_fails_the_check(measure, digits):
+    (digits / "val" / "3" / "0300.png").rename(digits / "val" / "5" / "0300.png")
+    try:
+        code, found = measure("test_resnet_iabn.mnist", digits, "--check", "--tolerance", "0.05")
+    finally:
+        (digits / "val" / "5" / "0300.png").rename(digits / "val" / "3" / "0300.png")
+    assert code == 1
+    assert not found["check"]["passed"]
+    assert found["check"]["difference"]["top1"] == pytest.approx(-0.1)
+
+
+def test_the_same_weights_by_every_name(measure, pictures, train, tmp_path, digits):
+    data = pictures()
+    assert train(data, "--epochs", "3") == 0
+    out = tmp_path / "run"
+    names = [out, out / "model.safetensors", out / "snapshots" / "step-00000015.pt"]
+    found = [measure(name, data)[1] for name in names]
+    assert len({(f["images"], f["top1"], f["loss"]) for f in found}) == 1
+    report = json.loads((out / "metrics.json").read_text())
+    assert found[0]["loss"] == pytest.approx(report["result"]["loss"], rel=1e-6)
+    (out / "config.json").unlink()
+    assert measure(out, data)[0] == 0  # the best snapshot
+
+
+def test_a_legacy_file_needs_its_architecture(measure, digits, tmp_path):
+    network = iabn_hub.create_model("test_resnet_iabn.mnist", pretrained=True)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "x.pth.tar")
+    code, said = measure(tmp_path / "x.pth.tar", digits)
+    assert code == 1
+    assert "of which network are these weights? Pass --arch" in said
+    code, found = measure(tmp_path / "x.pth.tar", digits, "--arch", "test_resnet_iabn")
+    assert (code, found["images"]) == (0, 1000)
+    assert found["top1"] == find("test_resnet_iabn.mnist").result("64").top1
+
+
+def test_ten_crops_and_other_norms(measure, digits):
+    crops = ("--crop", "56", "--scale", "64")
+    _, one = measure("test_resnet_iabn.mnist", digits, *crops)
+    _, ten = measure("test_resnet_iabn.mnist", digits, *crops, "--ten-crop")
+    assert ten["protocol"] == {"scale": 64, "crop": 56, "ten_crop": True}
+    assert ten["top1"] != one["top1"]
+    _, standard = measure("test_resnet_iabn.mnist", digits, *crops, "--norm-layer", "abn")
+    assert standard["changes"] == ["normalisation: in-place ABN becomes standard BatchNorm, with the same scales"]
+    assert standard["top1"] == one["top1"]
+    assert standard["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    _, back = measure("test_resnet_iabn.mnist", digits, *crops, "--norm-layer", "iabn")
+    assert (back["changes"], back["loss"]) == ([], one["loss"])
+    _, other = measure("test_resnet_iabn.mnist", digits, *crops, "--activation", "elu", "--activation-param", "1")
+    assert "activation: leaky_relu(0.01) becomes elu(1) in 9 layers" in other["changes"][0]
+    assert other["loss"] > one["loss"]
+
+
+def test_the_report_shows_mistakes(measure, digits, tmp_path):
+    page = tmp_path / "page.html"
+    _, found = measure("test_resnet_iabn.mnist", digits, "--report", str(page))
+    text = page.read_text()
+    assert text.count("<figure>") == round(1000 - 10 * found["top1"])
+    assert text.count("<img") == text.count("<figure>")
+    assert "The worst classes" in text
+
+
+def test_broken_images_are_named_and_left_out(measure, pictures, train, tmp_path):
+    data = pictures()
+    assert train(data, "--epochs", "1") == 0
+    (data / "val" / "dark" / "2.png").write_bytes(b"nothing")
+    code, found = measure(tmp_path / "run", data)
+    assert (code, found["images"]) == (0, 9)
+    assert [reason.partition(": ")[0] for reason in found["skipped"]] == [str(data / "val" / "dark" / "2.png")]
+
+
+def test_text_for_people(measure, digits, capsys):
+    assert validate.main(["test_resnet_iabn.mnist", str(digits), "--workers", "0", "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "on 1,000 images (centre crop of 64 from 64)" in said
+    assert "check passed: the catalogue says top1 " in said
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "code", "says"),
+    [
+        ("test_resnet_iabn.mnst", (), 2, "no checkpoint is called 'test_resnet_iabn.mnst'; did you mean"),
+        ("test_resnet_iabn.mnist", ("--check", "--crop", "48"), 1, "no figure of test_resnet_iabn.mnist for this protoc"),
+        ("test_resnet_iabn.mnist", ("--crop", "64", "--scale", "32"), 1, "--scale 32 is less than --crop 64"),
+        ("test_resnet_iabn.mnist", ("--split", "test"), 1, "test is not a folder"),
+        ("wider_resnet38_deeplab3_iabn.vistas", (), 2, "is for segmentation"),
+        (".", (), 1, "is no folder of a run"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said(measure, digits, tmp_path, monkeypatch, model, more, code, says):
+    monkeypatch.chdir(tmp_path)
+    found, said = measure(model, digits, *more)
+    assert found == code
+    assert says in said
+
+
+def test_data_with_other_classes_is_refused(measure, pictures, train, tmp_path):
+    data = pictures()
+    code, said = measure("test_resnet_iabn.mnist", data)
+    assert code == 1
+    assert f"{data} has 2 classes, test_resnet_iabn.mnist tells 10 apart" in said
+    assert train(data, "--epochs", "1") == 0
+    other = pictures(tmp_path / "other", classes=("black", "white"))
+    code, said = measure(tmp_path / "run", other)
+    assert code == 1
+    assert "has the classes black, white" in said
