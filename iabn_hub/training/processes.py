@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store when it starts the processes of a single node again, and in it the addresses of those
+        # that are gone, which the first to come would take for the living.
+        store, rank, count = next(rendezvous("env://"))
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=count)
+    else:
+        dist.init_process_group(backend)
     yield Processes(chosen, dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: it could wait for processes that are gone

@@ -137,7 +137,7 @@ def test_data_that_is_all_broken_ends_training(pictures):
     root = pictures()
     for path in root.glob("train/*/*.png"):
         break_image(root, path)
-    with pytest.raises(DataError, match="10 images in a row cannot be read; the last one: .*png"):
+    with pytest.raises(DataError, match=r"10 images in a row cannot be read; the last one: .*png"):
         epoch(loader(open_split(Location(str(root)), "train", True)))
 
 
@@ -252,7 +252,7 @@ def test_torchvisions_datasets(pictures):
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match="wds .*: split 'train' cannot be opened: split train not found"):
+    with pytest.raises(DataError, match=r"wds .*: split 'train' cannot be opened: split train not found"):
         open_split(Location(str(tmp_path), "wds"), "train", True)
 
 

@@ -38,7 +38,7 @@ def factors(content, **more):
         ("multistep", {"milestones": [2, 5], "gamma": 0.3}, lambda o, n: torchs.MultiStepLR(o, [2, 5], 0.3)),
         ("exponential", {"gamma": 0.9}, lambda o, n: torchs.ExponentialLR(o, 0.9)),
         ("linear", {"alpha": -0.01, "beta": 1.0}, lambda o, n: torchs.LambdaLR(o, lambda t: 1 - 0.01 * t)),
-        ("cosine", {}, lambda o, n: torchs.CosineAnnealingLR(o, n)),
+        ("cosine", {}, torchs.CosineAnnealingLR),
     ],
 )
 def test_schedules_are_torchs(kind, params, theirs, mode):

@@ -119,7 +119,7 @@ def test_text_for_people(measure, digits, capsys):
     ("model", "more", "code", "says"),
     [
         ("test_resnet_iabn.mnst", (), 2, "no checkpoint is called 'test_resnet_iabn.mnst'; did you mean"),
-        ("test_resnet_iabn.mnist", ("--check", "--crop", "48"), 1, "no figure of test_resnet_iabn.mnist for this protoc"),
+        ("test_resnet_iabn.mnist", ("--check", "--crop", "48"), 1, "no figure of test_resnet_iabn.mnist for this"),
         ("test_resnet_iabn.mnist", ("--crop", "64", "--scale", "32"), 1, "--scale 32 is less than --crop 64"),
         ("test_resnet_iabn.mnist", ("--split", "test"), 1, "test is not a folder"),
         ("wider_resnet38_deeplab3_iabn.vistas", (), 2, "is for segmentation"),
