@@ -71,7 +71,8 @@ def main() -> int:
     path = Path(arguments.recipe)
     path = path if path.suffix == ".json" else Path(__file__).parent / "recipes" / f"{path}.json"
     source = open_split(Location(arguments.data), "train", True)
-    recipe = read_recipe(path, [*arguments.set, f"network.classes={len(classes_of(source) or ())}"])
+    classes = len(classes_of(source) or ())
+    recipe = read_recipe(path, [*arguments.set, "training.accumulate=1", f"network.classes={classes}"])
     batch = recipe.optimizer.batch_size
     with processes(arguments.device) as alone:
         loader = TrainLoader(source, train_transform(recipe), batch, 1, 1, 0, arguments.workers, alone)

@@ -162,14 +162,17 @@ class _Signals:
 
 @contextmanager
 def _signals() -> Iterator[_Signals]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one is as deadly as ever."""
+    """Note SIGINT and SIGTERM instead of dying of them. A second SIGINT is as deadly as ever.
+
+    A second SIGTERM is not: one may come from the cluster and one from torchrun.
+    """
     signals = _Signals()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: Any) -> None:
         signals.received = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, note)

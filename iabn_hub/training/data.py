@@ -18,7 +18,7 @@ import torch
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import ImageFolder
 
 from ..images import ImageError, open_rgb
 from .processes import Processes
@@ -69,7 +69,7 @@ class DataError(ValueError):
 
 
 def open_split(location: Location, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:
-    """The images of one split, as timm's dataset without a transform.
+    """The images of one split, as torchvision's or timm's dataset without a transform.
 
     Raises:
         DataError: nothing is there, or the package that reads it is missing.
@@ -105,12 +105,8 @@ def _open_folder(root: Path, split: str) -> Any:
         return timm.data.ImageDataset(str(place), reader=reader)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*")
-    source = timm.data.create_dataset("", root=str(folder), search_split=False, input_key=";".join(IMG_EXTENSIONS))
-    filled = {Path(path).relative_to(folder).parts[0] for path, _ in source.reader.samples}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and entry.name not in filled and not entry.name.startswith("."):
-            raise DataError(f"{entry.path} has no images: fill it, or remove that class from every split")
-    return source
+    # Not timm's reader: its order of the classes is another one, and leaves of the same name become one class.
+    return ImageFolder(str(folder))
 
 
 def classes_of(dataset: Any) -> tuple[str, ...] | None:
@@ -149,7 +145,7 @@ class Samples(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        """The image, or in training the next one that can be read; in validation none."""
+        """The image, or in training the next one that can be read, of so many; else none."""
         epoch, position, index = key
         broken: list[str] = []
         for attempt in range(SUBSTITUTES if self.training else 1):
@@ -161,12 +157,13 @@ class Samples(Dataset[Sample]):
                 continue
             with _random_numbers(self.seed, epoch, position):
                 return Sample(self.transform(image), label, at, tuple(broken))
-        if self.training:
-            raise DataError(f"{SUBSTITUTES} images in a row cannot be read; the last one: {broken[-1]}")
         return Sample(None, 0, index, tuple(broken))
 
     def _read(self, index: int) -> tuple[Any, int]:
-        if not isinstance(self.source, timm.data.ImageDataset):  # one of torchvision's, read whole into memory
+        if isinstance(self.source, ImageFolder):
+            path, label = self.source.samples[index]
+            return open_rgb(path), label
+        if not isinstance(self.source, timm.data.ImageDataset):  # another of torchvision's, read whole into memory
             image, label = self.source[index]
             return image.convert("RGB"), int(label)
         try:
@@ -178,6 +175,8 @@ class Samples(Dataset[Sample]):
 
     def name(self, index: int) -> str:
         """The path of an image, or its number where it has none."""
+        if isinstance(self.source, ImageFolder):
+            return str(self.source.samples[index][0])
         try:
             return str(self.source.filename(index, absolute=True))
         except (AttributeError, NotImplementedError):
@@ -208,7 +207,8 @@ class Stream(IterableDataset[Sample]):
             if not self.training and number % self.count != self.rank:
                 continue
             with _random_numbers(self.seed, self.epoch, index * self.count + self.rank):
-                yield Sample(self.transform(image), int(label), index, ())
+                sample = Sample(self.transform(image), int(label), index, ())
+            yield sample
 
     def name(self, index: int) -> str:
         return f"image {index} of the stream"
@@ -284,9 +284,10 @@ def _loader_options(workers: int, processes: Processes) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach the whole group; the main process decides, and ends its workers itself.
+    # Ctrl-C and a cluster's SIGTERM reach the whole group; the main process decides, and ends its workers itself. One
+    # that hangs ends half a minute later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def _start_modest_worker(number: int) -> None:
@@ -319,28 +320,37 @@ class TrainLoader:
                 f"there are {images} training images, fewer than one batch of {batch_size}: pass a smaller --batch-size"
             )
         self.images, self.passes, self.seed = images, passes, seed
-        options = _loader_options(workers, processes)
+        self.micro = batch_size // passes // processes.count
+        self.order = torch.Generator()  # for what the loader draws: the caller's random numbers are left alone
         self.stream: Stream | None = None
         if isinstance(source, IterableDataset):
+            workers = max(workers, 1)  # each epoch's are new, while a reader in this process would keep its state
+            options = _loader_options(workers, processes)
             self.stream = Stream(source, transform, seed, True, processes)
             source.set_loader_cfg(workers)  # type: ignore[attr-defined]
-            micro = batch_size // passes // processes.count
-            self.order = torch.Generator()
-            self.loader = DataLoader(self.stream, micro, drop_last=True, generator=self.order, **options)
+            self.loader = DataLoader(self.stream, self.micro, drop_last=True, generator=self.order, **options)
             return
         self.batches = TrainBatches(images, batch_size, passes, repeats, seed, processes)
         self.loader = DataLoader(
             Samples(source, transform, seed, True),
             batch_sampler=self.batches,
+            generator=self.order,
             persistent_workers=workers > 0,
-            **options,
+            **_loader_options(workers, processes),
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The micro-batches from `first_step` on. Those of a stream that come before are read and left out."""
+        """The micro-batches from `first_step` on. Those of a stream that come before are read and left out.
+
+        Raises:
+            DataError: too many images in a row cannot be read; a stream is shorter than it should be.
+        """
         if self.stream is None:
             self.batches.epoch, self.batches.first_step = epoch, first_step
-            yield from self.loader
+            for batch in self.loader:
+                if len(batch.labels) < self.micro:
+                    raise DataError(f"{SUBSTITUTES} images in a row cannot be read; the last one: {batch.broken[-1]}")
+                yield batch
             return
         self.stream.epoch = epoch
         self.stream.source.set_epoch(epoch)
@@ -359,11 +369,10 @@ class TrainLoader:
 
 def val_loader(source: Any, transform: Transform, batch_size: int, workers: int, processes: Processes) -> Any:
     """A loader of this process's share of the images, each of them exactly once over all processes."""
-    options = _loader_options(workers, processes)
+    options = {**_loader_options(workers, processes), "generator": torch.Generator()}
     if isinstance(source, IterableDataset):
         source.set_loader_cfg(workers)  # type: ignore[attr-defined]
         return DataLoader(Stream(source, transform, 0, False, processes), batch_size, **options)
     mine = [(0, i, i) for i in range(processes.rank, len(source), processes.count)]
-    return DataLoader(
-        Samples(source, transform, 0, False), batch_size, sampler=mine, persistent_workers=workers > 0, **options
-    )
+    samples = Samples(source, transform, 0, False)
+    return DataLoader(samples, batch_size, sampler=mine, persistent_workers=workers > 0, **options)

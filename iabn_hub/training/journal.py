@@ -52,7 +52,7 @@ class Journal:
         self.logger.propagate = False
         for handler in self.handlers:
             self.logger.addHandler(handler)
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(total=images, initial=done, unit="image", unit_scale=True, disable=None, dynamic_ncols=True)
 
     def say(self, text: str) -> None:
@@ -94,6 +94,11 @@ class Journal:
         """Write the page with the curves."""
         if self.first:
             write_atomically(self.out / "report.html", training_report(title, rows, facts).encode())
+
+    def flush(self) -> None:
+        """Write out what TensorBoard's file still lacks: a run that goes on does not tell it again."""
+        if self.first:
+            self.board.flush()
 
     def peak_memory(self) -> int:
         """The most bytes that this process has used: of the GPU, or of the machine's memory without one."""

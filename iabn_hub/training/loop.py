@@ -103,7 +103,9 @@ class Trainer:
         self.optimizer = build_optimizer(recipe, network)
         self.rate = LearningRate(recipe, loader.steps)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=training.amp == "fp16")
-        self.ema = ModelEmaV3(network, decay=training.ema_decay, use_warmup=True) if training.ema_decay else None
+        self.ema = (
+            ModelEmaV3(network, training.ema_decay, use_warmup=True, warmup_power=1.0) if training.ema_decay else None
+        )
         self.mixup: Any = None
         if training.mixup or training.cutmix:
             self.mixup = Mixup(
@@ -133,7 +135,7 @@ class Trainer:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "position": {"epoch": self.epoch, "step": self.step, "seed": self.recipe.training.seed},
+            "position": {"epoch": self.epoch, "step": self.step, "steps_per_epoch": self.loader.steps},
             "sums": dict(self.sums),
             "rows": [dict(row) for row in self.rows],
             "best": self.best,
@@ -169,7 +171,7 @@ class Trainer:
         while self.epoch < self.recipe.optimizer.schedule.epochs and not self.stopped:
             self.train_epoch(model, journal)
             if self.stopped:
-                self.saved = self._save()
+                self.saved = self._save(journal)
             else:
                 self._end_epoch(journal)
 
@@ -196,7 +198,7 @@ class Trainer:
                 break
             if self.processes.first and time.monotonic() - self.last_save > 60 * self.minutes:
                 self._read(self.readout.flush(), self.step, journal)
-                self.saved = self._save()
+                self.saved = self._save(journal)
         self._read(self.readout.flush(), self.step, journal)
 
     def _step(self, model: Any, batches: Any) -> Tensor:
@@ -270,13 +272,14 @@ class Trainer:
 
     def _end_epoch(self, journal: Journal) -> None:
         seconds = self.clock.seconds()
+        rate = self.rate.set(self.optimizer, self.step - 1)
         self.processes.share_buffers(self.judged)
         score = self.validate(self.judged)
         sums, images = self.sums, max(self.sums["images"], 1)
         row: Row = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "loss": sums["loss"] / images,
             "top1": 100 * sums["right"] / images,
             "top5": 100 * sums["right_of_five"] / images,
@@ -299,10 +302,11 @@ class Trainer:
             f"top-1 {score.top1:.2f} %  top-5 {score.top5:.2f} %  {row['images_per_second']:.0f} images/s, "
             f"{row['waited']:.1f} % of the time waiting for them"
         )
-        self.saved = self._save(is_best)
+        self.saved = self._save(journal, is_best)
 
-    def _save(self, best: bool = False) -> Path | None:
+    def _save(self, journal: Journal, best: bool = False) -> Path | None:
         self.last_save = time.monotonic()
+        journal.flush()
         if not self.processes.first:
             return None
         values = [value for value in self.network.state_dict().values() if value.is_floating_point()]

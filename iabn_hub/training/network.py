@@ -62,16 +62,15 @@ def _draw_weights(model: nn.Module, recipe: Recipe) -> None:
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """SGD or Adam, with groups for the classifier's own learning rate and for what is not decayed."""
     section = recipe.optimizer
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # The same groups whatever their settings, so that a run can go on with others.
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        own_rate = name.startswith(CLASSIFIER) and section.classifier_lr != -1
-        rate = section.classifier_lr if own_rate else section.learning_rate
-        decayed = recipe.training.decay_norms or parameter.dim() > 1
-        groups.setdefault((rate, section.weight_decay if decayed else 0.0), []).append(parameter)
-    parameters = [
-        {"params": members, "lr": rate, "initial_lr": rate, "weight_decay": decay}
-        for (rate, decay), members in groups.items()
-    ]
+        groups.setdefault((name.startswith(CLASSIFIER), parameter.dim() > 1), []).append(parameter)
+    parameters = []
+    for (of_classifier, is_weight), members in groups.items():
+        rate = section.classifier_lr if of_classifier and section.classifier_lr != -1 else section.learning_rate
+        decay = section.weight_decay if is_weight or recipe.training.decay_norms else 0.0
+        parameters.append({"params": members, "lr": rate, "initial_lr": rate, "weight_decay": decay})
     if section.type == "Adam":
         return torch.optim.Adam(parameters)
     return torch.optim.SGD(parameters, momentum=section.momentum, nesterov=section.nesterov)

@@ -72,15 +72,17 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and together:
         device = f"cuda:{local_rank}"
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} cannot be used: train and validate on cpu or cuda")
     try:
         chosen = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # events and kernels use the current device
     if not together:
         yield Processes(chosen)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun keeps its store when it starts the processes of a single node again, and in it the addresses of those

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,7 @@ def _value(hint: Any, value: Any, path: str, key: str) -> Any:
             raise RecipeError(f"{path}: {key} is {value!r}; it must be a list of numbers")
         return tuple(_value(float, each, path, key) for each in value)
     kind = typing.get_origin(hint) or hint
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is float and number:
         return float(value)
     # JSON as written by others may hold 90.0 for 90, and 1 for true would be a mistake.
@@ -256,6 +257,11 @@ def _check(recipe: Recipe, path: str) -> None:
             there = ", ".join(allowed) or "none"
             raise RecipeError(f"{path}: unknown key {name} for a schedule of type {schedule.type}; there are: {there}")
         _value(allowed[key], value, path, name)
+        if key == "milestones":
+            for each in value:
+                _value(int, each, path, f"each of {name}")
+        if key == "step_size" and value < 1:
+            raise RecipeError(f"{path}: {name} is {value}; it must be 1 or more")
     missing = [key for key in allowed if key not in schedule.params and key != "gamma"]
     if missing:
         raise RecipeError(f"{path}: a schedule of type {schedule.type} needs optimizer.schedule.params.{missing[0]}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,21 +98,30 @@ def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[
         begin = load_source(options.pretrained or recipe.model, recipe.model)
         notes = [f"begins with the weights of {begin.text}", *transfer(begin.model, network)]
     network = network.to(everyone.device)
-    broken = _Broken(options.max_broken)
+    broken = _Broken(options.max_broken, everyone)
 
     def validate(network: nn.Module) -> Score:
         score = evaluate(
             network, val, normalize, everyone, amp=training.amp, channels_last=training.channels_last, text="validation"
         )
-        broken(tuple(score.broken))
+        broken.share(score.broken)
         return score
 
     trainer = Trainer(recipe, network, loader, normalize, validate, everyone, snapshots, options.minutes, stop, broken)
     trainer.classes = classes
     if found:
-        _check_same(recipe, classes, *found)
-        trainer.restore(found[1], found[0])
-    _check_space(options.out, trainer, options.keep)
+        path, state = found
+        _check_same(recipe, classes, loader.steps, path, state)
+        trainer.restore(state, path)
+        notes += [f"changed since the snapshot: {change}" for change in _changes(recipe, state["recipe"])]
+        notes.append(f"going on from {path}: epoch {trainer.epoch + 1}, step {trainer.step:,}")
+        del found, state  # as large as the run itself
+    if everyone.first:
+        _check_space(trainer, options.keep)
+        if options.overwrite:
+            snapshots.remove_all()
+            for earlier in _results(options.out):
+                earlier.unlink()
     batch, epochs = recipe.optimizer.batch_size, recipe.optimizer.schedule.epochs
     done = trainer.step * batch
     journal = Journal(options.out, everyone, epochs * loader.steps * batch, done, trainer.step)
@@ -128,10 +138,6 @@ def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[
         )
         for note in notes:
             journal.say(note)
-        if found:
-            for change in _changes(recipe, found[1]["recipe"]):
-                journal.say(f"changed since the snapshot: {change}")
-            journal.say(f"going on from {found[0]}: epoch {trainer.epoch + 1}, step {trainer.step:,}")
         trainer.run(journal)
         if trainer.stopped:
             journal.say(f"stopped at step {trainer.step:,} with a snapshot; go on with --resume auto")
@@ -155,19 +161,24 @@ def _check_batches(recipe: Recipe, count: int) -> None:
 
 
 def _start(options: Options, snapshots: Snapshots, everyone: Processes) -> tuple[Path, dict[str, Any]] | None:
-    """The snapshot to go on from, if that was asked for; else a folder that holds no run."""
-    if options.resume and options.resume != "auto":
-        return Path(options.resume), read_snapshot(Path(options.resume))
-    found = snapshots.latest() if everyone.first else None
-    path: Path | None = everyone.from_first(found[0] if found else None)
-    if options.resume:
-        return (path, found[1] if found else read_snapshot(path)) if path else None
-    there = everyone.from_first(path is not None or (options.out / "model.safetensors").exists())
-    if there and not options.overwrite:
-        raise ValueError(f"{options.out} holds a run already: go on with it by --resume auto, or pass --overwrite")
-    if there and everyone.first:
-        snapshots.remove_all()
-    return None
+    """The snapshot to go on from, if that was asked for; else the folder must hold no run, or be given up."""
+    named = Path(options.resume) if options.resume and options.resume != "auto" else None
+    found = snapshots.latest() if everyone.first and not named else None
+    path: Path | None = named or everyone.from_first(found[0] if found else None)
+    holds_one = everyone.from_first((path is not None and not named) or _results(options.out) != [])
+    own = path and path.resolve().parent == snapshots.folder.resolve()
+    if holds_one and not options.overwrite and not (options.resume and own):
+        way = "name another --out" if options.resume else "go on with it by --resume auto, or pass --overwrite"
+        raise ValueError(f"{options.out} holds a run already: {way}")
+    if not options.resume or path is None:
+        return None
+    return path, found[1] if found else read_snapshot(path)
+
+
+def _results(out: Path) -> list[Path]:
+    """What a finished run has left in a folder."""
+    names = ("model.safetensors", "config.json", "metrics.json", "report.html")
+    return [out / name for name in names if (out / name).exists()]
 
 
 def _changes(recipe: Any, saved: dict[str, Any], prefix: str = "") -> list[str]:
@@ -182,25 +193,34 @@ def _changes(recipe: Any, saved: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _check_same(recipe: Recipe, classes: tuple[str, ...] | None, path: Path, state: dict[str, Any]) -> None:
+def _check_same(recipe: Recipe, classes: tuple[str, ...] | None, steps: int, path: Path, state: dict[str, Any]) -> None:
     """Refuse to go on from a snapshot of another network, or with batches that begin elsewhere."""
-    fixed = ("network.", "optimizer.batch_size", "optimizer.type", "training.seed", "training.repeats")
+    fixed = (
+        *("network.", "optimizer.batch_size", "optimizer.type"),
+        *("training.seed", "training.repeats", "training.signed_scale"),
+    )
     for change in _changes(recipe, state["recipe"]):
         if change.startswith(fixed):
             raise RecipeError(f"{path}: this run cannot go on with {change}; begin a new one in another --out")
     if state["classes"] != classes:
         raise DataError(f"{path}: was trained on other classes than the data has now; begin a new run in another --out")
+    if state["position"]["steps_per_epoch"] != steps:
+        raise DataError(
+            f"{path}: an epoch had {state['position']['steps_per_epoch']:,} steps, now it has {steps:,}: the number of "
+            "images has changed; begin a new run in another --out, with --pretrained to keep what was learnt"
+        )
 
 
-def _check_space(out: Path, trainer: Trainer, keep: int) -> None:
+def _check_space(trainer: Trainer, keep: int) -> None:
     """Refuse to begin where the snapshots will not fit."""
+    snapshots = trainer.snapshots
     network = sum(t.numel() * t.element_size() for t in trainer.network.state_dict().values())
     moments = {"SGD": 1, "Adam": 2}[trainer.recipe.optimizer.type]
     need = network * (1 + moments + (1 if trainer.ema else 0)) * (keep + 2)  # the best one, and the one being written
-    place = out
+    place = snapshots.folder
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + snapshots.size()  # those that are there make room
     if free < need:
         raise OSError(
             f"{place}: {free:,} bytes are free, the snapshots need {need:,}: pass a smaller --keep or another --out"
@@ -210,20 +230,28 @@ def _check_space(out: Path, trainer: Trainer, keep: int) -> None:
 class _Broken:
     """Files that cannot be read: each is said once, and too many end the run."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.seen: set[str] = set()
-        self.say: Any = print
+    def __init__(self, limit: int, everyone: Processes) -> None:
+        self.limit, self.everyone = limit, everyone
+        self.seen: dict[str, None] = {}  # in the order of their appearance
+        self.say: Callable[[str], None] = print
 
-    def __call__(self, reasons: tuple[str, ...]) -> None:
+    def __call__(self, reasons: Iterable[str]) -> None:
+        """This process has met these."""
         for reason in reasons:
             if reason not in self.seen:
-                self.seen.add(reason)
+                self.seen[reason] = None
                 self.say(f"skipped: {reason}")
         if len(self.seen) > self.limit:
             raise DataError(
-                f"{len(self.seen)} images cannot be read, --max-broken allows {self.limit}; the last one: {reasons[-1]}"
+                f"{len(self.seen)} images cannot be read, --max-broken allows {self.limit}; the last one: "
+                f"{list(self.seen)[-1]}"
             )
+
+    def share(self, reasons: Iterable[str]) -> None:
+        """All processes have met these; and now each learns what the others have met before."""
+        for seen in self.everyone.gather(list(self.seen)):
+            self(seen)
+        self(reasons)
 
 
 def _finish(recipe: Recipe, out: Path, trainer: Trainer, classes: Any, journal: Journal, seconds: float) -> None:
@@ -234,9 +262,10 @@ def _finish(recipe: Recipe, out: Path, trainer: Trainer, classes: Any, journal: 
     save_safetensors(state, weights, {"arch": recipe.model, "iabn_hub": __version__})
     write_atomically(out / "config.json", (json.dumps(_config(recipe, classes), indent=2) + "\n").encode())
     result = {name: last[f"val_{name}"] for name in ("top1", "top5", "loss")}
+    rows = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in trainer.rows]
     best = max(trainer.rows, key=lambda row: row["val_top1"])
     report = {"model": recipe.model, "classes": classes, "result": result, "seconds": round(seconds, 1),
-              "best": {"epoch": best["epoch"], "top1": best["val_top1"]}, "epochs": trainer.rows}  # fmt: skip
+              "best": {"epoch": best["epoch"], "top1": best["val_top1"]}, "epochs": rows}  # fmt: skip
     write_atomically(out / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
     facts = {
         "top-1": f"{last['val_top1']:.2f} %", "top-5": f"{last['val_top5']:.2f} %",

@@ -28,7 +28,9 @@ class Snapshots:
         self.folder, self.keep = folder, keep
 
     def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
-        """Write `state` (tensors and plain values); older ones go once it is whole.
+        """Write `state` (tensors and plain values); then older ones go, and those of later steps.
+
+        Later steps belong to an attempt that was given up when the run went back to an earlier snapshot.
 
         Raises:
             OSError: it cannot be written; what was there before stays.
@@ -44,12 +46,13 @@ class Snapshots:
                     os.fsync(file.fileno())
             except RuntimeError as e:  # what torch.save makes of a full disk
                 raise OSError(f"{part}: cannot be written; is the disk full? ({str(e).splitlines()[0]})") from e
+            if best:  # before it counts as the newest: a run that is killed here saves both again
+                self._name_best(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-        if best:
-            self._name_best(path)
-        for old in (*self.all()[: -self.keep], *self.folder.glob("*.partial")):
+        earlier = [each for each in self.all() if each.name <= path.name]
+        for old in {*self.all()} - {*earlier[-self.keep :]} | {*self.folder.glob("*.partial")}:
             old.unlink(missing_ok=True)
         return path
 
@@ -61,6 +64,11 @@ class Snapshots:
         except OSError:
             shutil.copyfile(path, link)
         os.replace(link, self.folder / BEST)
+
+    def size(self) -> int:
+        """Bytes on the disk that these snapshots take; a file with two names counts once."""
+        files = [path.stat() for path in (*self.all(), self.folder / BEST) if path.exists()]
+        return sum({stat.st_ino: stat.st_size for stat in files}.values())
 
     def all(self) -> list[Path]:
         """The snapshots by step, oldest first."""
@@ -92,5 +100,5 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     except Exception as e:  # a damaged file fails in as many ways as it has bytes
         raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
     if not isinstance(state, dict) or not state.keys() >= HELD:
-        raise CheckpointError(f"{path}: is not a snapshot of tools/train.py")
+        raise CheckpointError(f"{path}: is not a snapshot of tools/train.py; of a file of weights pass --arch")
     return state

@@ -54,7 +54,8 @@ def load_source(what: str, arch: str | None = None) -> Source:
     """The network that `what` names.
 
     Args:
-        what: `model` or `model.tag`; the folder of a run; a snapshot; a file of weights, legacy or ours.
+        what: `model` or `model.tag`; the folder of a run; a snapshot (.pt); a file of weights, legacy or ours. One
+            with a config.json beside it is what that describes.
         arch: the architecture of a file that does not say it.
 
     Raises:
@@ -65,7 +66,11 @@ def load_source(what: str, arch: str | None = None) -> Source:
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".pt":
-        return _from_snapshot(path)
+        try:
+            return _from_snapshot(path)
+        except CheckpointError:
+            if arch is None or not path.is_file():
+                raise
     if path.is_file():
         return _from_file(path, arch)
     record = find(what)
@@ -77,7 +82,8 @@ def load_source(what: str, arch: str | None = None) -> Source:
     return Source(model, record.model, options, record.name, _input_of(model), classes, record)
 
 
-def _from_folder(folder: Path) -> Source:
+def _from_folder(folder: Path, file: Path | None = None) -> Source:
+    """What a folder's config.json describes, with its weights, or those of a file beside it."""
     if not (folder / "config.json").is_file():
         best = folder / "snapshots" / BEST
         if best.is_file():
@@ -85,13 +91,13 @@ def _from_folder(folder: Path) -> Source:
         raise CheckpointError(f"{folder}: is no folder of a run: it has neither config.json nor snapshots/{BEST}")
     try:
         config = json.loads((folder / "config.json").read_text())
-        model = create_model(f"local-dir:{folder}", pretrained=True)
+        model = create_model(f"local-dir:{folder}", pretrained=True, checkpoint=file)
         options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         names = config.get("label_names")
         arch = config["architecture"]
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder}/config.json: does not describe a network of ours ({e})") from e
-    return Source(model, arch, options, str(folder), _input_of(model), tuple(names) if names else None)
+    return Source(model, arch, options, str(file or folder), _input_of(model), tuple(names) if names else None)
 
 
 def _from_snapshot(path: Path) -> Source:
@@ -104,9 +110,11 @@ def _from_snapshot(path: Path) -> Source:
 
 
 def _from_file(path: Path, arch: str | None) -> Source:
+    if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+        beside = _from_folder(path.parent, path)
+        if arch in (None, beside.arch):
+            return beside
     if path.suffix == ".safetensors" and arch is None:
-        if (path.parent / "config.json").is_file():
-            return _from_folder(path.parent)
         with safetensors.safe_open(path, "pt") as file:
             arch = (file.metadata() or {}).get("arch")
     if arch is None or arch not in ARCHITECTURES:

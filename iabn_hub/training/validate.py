@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import sys
 from pathlib import Path
@@ -109,6 +110,8 @@ def validate(arguments: argparse.Namespace, everyone: Processes) -> int:
         source = source.rebuilt(**options)
     protocol = _protocol(arguments, source)
     listed = _listed(source.record, protocol) if arguments.check else None
+    if arguments.report:
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it is better known now
     where = Location(
         arguments.data, arguments.dataset, val_split=arguments.split, val_samples=arguments.samples,
         download=arguments.download,
@@ -122,17 +125,17 @@ def validate(arguments: argparse.Namespace, everyone: Processes) -> int:
         channels_last=arguments.channels_last, text="validation",
     )  # fmt: skip
     if score.images == 0:
-        raise DataError(f"{arguments.data}: none of its images can be read; the first: {score.broken[0]}")
+        reason = f"none of its images can be read; the first: {score.broken[0]}" if score.broken else "it has no images"
+        raise DataError(f"{arguments.data}: {reason}")
     facts = _facts(source, protocol, score, classes, arguments.device or str(everyone.device), everyone.count)
     failed = False
     if listed:
         facts["check"] = _compare(listed, score, arguments.tolerance)
         failed = not facts["check"]["passed"]
     if everyone.first:
-        if arguments.report:
-            text = _report(facts, score, classes, loader.dataset)
-            write_atomically(arguments.report, text.encode())
         _print(facts, arguments.json)
+        if arguments.report:
+            write_atomically(arguments.report, _report(facts, score, classes, loader.dataset).encode())
     return int(failed)
 
 
@@ -190,7 +193,12 @@ def _facts(
     source: Source, protocol: dict[str, Any], score: Score, classes: tuple[str, ...], device: str, count: int
 ) -> dict[str, Any]:
     per_class = [
-        {"label": name, "images": score.per_class[i], "top1": 100 * score.right_per_class[i] / score.per_class[i]}
+        {
+            "class": i,
+            "label": name,
+            "images": score.per_class[i],
+            "top1": 100 * score.right_per_class[i] / score.per_class[i],
+        }
         for i, name in enumerate(classes)
         if score.per_class[i]
     ]
@@ -249,11 +257,9 @@ def _report(facts: dict[str, Any], score: Score, classes: tuple[str, ...], image
     """The page: figures, the worst classes and what they are taken for, and the surest mistakes."""
     names = ("network", "images", "top1", "top5", "loss", "images_per_second", "processes", "device")
     worst = sorted(facts["per_class"], key=lambda row: row["top1"])[:MANY_CLASSES]
-    numbers = {name: i for i, name in enumerate(classes)}
     confusion = []
     for row in worst:
-        label = numbers[row["label"]]
-        taken = sorted(((n, g) for (of, g), n in score.confusions.items() if of == label), reverse=True)
+        taken = sorted(((n, g) for (of, g), n in score.confusions.items() if of == row["class"]), reverse=True)
         text = ", ".join(f"{classes[guess]} ({count})" for count, guess in taken[:5])
         confusion.append((row["label"], row["images"], row["top1"], text or "nothing else"))
     figures = []
@@ -262,11 +268,11 @@ def _report(facts: dict[str, Any], score: Score, classes: tuple[str, ...], image
         shown = _thumbnail(name)
         caption = table((), [("is", classes[mistake.label]), ("taken for", classes[mistake.guess]),
                              ("probability", mistake.probability)])  # fmt: skip
-        figures.append(f"<figure>{shown}<figcaption>{Path(name).name}{caption}</figcaption></figure>")
+        figures.append(f"<figure>{shown}<figcaption>{html.escape(Path(name).name)}{caption}</figcaption></figure>")
     return page(
         f"Validation of {facts['model']}",
         table(("", ""), [*((name, facts[name]) for name in names), *facts["protocol"].items()]),
-        "".join(f"<p>{change}</p>" for change in facts["changes"]),
+        "".join(f"<p>{html.escape(change)}</p>" for change in facts["changes"]),
         "<h2>The worst classes</h2>",
         table(("class", "images", "top-1, %", "taken for"), confusion),
         "<h2>The surest mistakes</h2>" if figures else "",

@@ -25,7 +25,7 @@ TINY = {
         "clip": 0,
         "schedule": {"type": "cosine", "mode": "step", "epochs": 6},
     },
-    "input": {"crop_train": 32, "scale_val": 32, "crop_val": 32},
+    "input": {"crop_train": 32, "scale_val": 32, "crop_val": 32, "color_jitter_train": True, "lighting_train": True},
     "training": {"min_scale": 0.5},
 }
 

@@ -110,6 +110,18 @@ def test_changes_on_the_command_line(recipe):
             {"optimizer": {"schedule": {"type": "step", "params": {"step": 3}}}},
             "unknown key optimizer.schedule.params.step for a schedule of type step; there are: step_size, gamma",
         ),
+        (
+            {"optimizer": {"schedule": {"type": "step", "params": {"step_size": 0}}}},
+            "optimizer.schedule.params.step_size is 0; it must be 1 or more",
+        ),
+        (
+            {"optimizer": {"schedule": {"type": "multistep", "params": {"milestones": ["a"]}}}},
+            "each of optimizer.schedule.params.milestones is 'a'; it must be a whole number",
+        ),
+        ('{"optimizer": {"batch_size": 1e999}}', "optimizer.batch_size is inf; it must be a whole number"),
+        ({"network": {"arch": "resnet51"}}, "network.arch is 'resnet51', and there is no such network; did you mean"),
+        ({"network": {"dilation": 2}}, "network.dilation is 2: classifiers are trained with 1 alone"),
+        ({"network": {"input_3x3": True}}, "network.input_3x3: resnet101 has no other stem than its own"),
         ({"network": {"bn_mode": "inplace"}}, "network.activation relu cannot be inverted.* use leaky_relu"),
         ({"optimizer": {"nesterov": True, "type": "Adam"}}, "optimizer.nesterov needs type SGD"),
         ({"input": {"scale_val": 200}}, "input.scale_val is 200, less than input.crop_val, which is 224"),

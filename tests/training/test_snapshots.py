@@ -35,6 +35,19 @@ def test_the_last_ones_and_the_best_stay(snapshots):
     assert len(list(snapshots.folder.iterdir())) == 3
 
 
+def test_going_back_gives_up_what_came_later(snapshots):
+    for step in (5, 10, 15, 20):
+        snapshots.save(state(step), step)
+    snapshots.save(state(7), 7)
+    snapshots.save(state(9), 9)
+    assert [value_of(path) for path in snapshots.all()] == [7, 9]
+
+
+def test_a_file_with_two_names_takes_its_space_once(snapshots):
+    paths = [snapshots.save(state(step), step, best=step == 2) for step in (1, 2)]
+    assert snapshots.size() == sum(path.stat().st_size for path in paths)
+
+
 def test_a_full_disk_leaves_what_was_there(snapshots):
     snapshots.save(state(1), 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import iabn_hub
 from iabn_hub.checkpoints import fetch_checkpoint, find
@@ -60,6 +61,32 @@ def test_the_same_weights_by_every_name(measure, pictures, train, tmp_path, digi
     assert found[0]["loss"] == pytest.approx(report["result"]["loss"], rel=1e-6)
     (out / "config.json").unlink()
     assert measure(out, data)[0] == 0  # the best snapshot
+
+
+def test_a_file_in_the_folder_of_a_run_is_the_one_that_is_measured(measure, pictures, train, recipe_file, tmp_path):
+    data, out = pictures(), tmp_path / "run"
+    recipe = recipe_file(network={"activation": "elu"}, training={"signed_scale": True})
+    assert train(data, "--epochs", "1", recipe=recipe) == 0
+    other = load_file(out / "model.safetensors")
+    other = {name: -value if name.endswith("bn1.weight") else value for name, value in other.items()}
+    save_file(other, out / "other.safetensors")
+    _, named = measure(out / "other.safetensors", data, "--arch", "test_resnet_iabn")
+    (out / "other.safetensors").replace(out / "model.safetensors")
+    _, replaced = measure(out, data)
+    assert named["loss"] == replaced["loss"]
+
+
+def test_names_are_shown_as_they_are(measure, pictures, train, tmp_path):
+    data = pictures(classes=("<b>bright", "dark"))
+    assert train(data, "--epochs", "1") == 0
+    for number, path in enumerate(list((data / "val" / "dark").iterdir())):
+        path.rename(data / "val" / "<b>bright" / f"<i>{number}.png")
+    (data / "val" / "<b>bright" / "0.png").rename(data / "val" / "dark" / "0.png")
+    page = tmp_path / "new folder" / "page.html"
+    assert measure(tmp_path / "run", data, "--report", str(page))[0] == 0
+    assert "<i>" not in page.read_text()
+    assert "<b>" not in page.read_text()
+    assert "&lt;i&gt;" in page.read_text()
 
 
 def test_a_legacy_file_needs_its_architecture(measure, digits, tmp_path):
