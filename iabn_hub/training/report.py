@@ -30,10 +30,14 @@ def page(title: str, *parts: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; floats get two digits behind the point."""
+    """An HTML table; floats get two digits behind the point, or four that count."""
 
     def cell(kind: str, value: Any) -> str:
-        text = f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        text = str(value)
+        if isinstance(value, float):
+            text = f"{value:.2f}" if abs(value) >= 1 else f"{value:.4g}"
+        elif isinstance(value, int):
+            text = f"{value:,}"
         return f"<{kind}>{html.escape(text)}</{kind}>"
 
     lines = ["".join(cell("th", name) for name in header)]

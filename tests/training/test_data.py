@@ -3,6 +3,7 @@
 import io
 import tarfile
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -248,12 +249,24 @@ def test_a_stream_is_repeated_exactly_and_goes_on_in_its_middle(streamed, worker
 
 
 def test_hugging_face_datasets(pictures, tmp_path):
-    datasets = pytest.importorskip("datasets")
     root = pictures()
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
     source = open_split(Location("", f"hfds/{root}"), "train")
     assert classes_of(source) == ("bright", "dark")
     assert sorted(numbers(epoch(loader(source)))) == list(range(40))
+
+
+def test_streamed_hugging_face_datasets(pictures, tmp_path):
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    where = Location("", f"hfids/{pictures()}", val_split="validation", train_samples=40, val_samples=10)
+    source = open_split(where, "train", True, 8)
+    assert len(epoch(loader(source), 1)) == 5
+    assert same(epoch(loader(source), 1), epoch(loader(source), 1))
+    found = []
+    for rank in range(2):
+        batches = val_loader(open_split(where, where.val_split), VAL, 4, 0, Processes(CPU, rank, 2))
+        found += [image.sum().item() for batch in batches for image in batch.images]
+    assert len(set(found)) == len(found) == 10
 
 
 def test_torchvisions_datasets(pictures):
