@@ -113,6 +113,16 @@ def densenet264_iabn(pretrained=True, tag=None, **options):
     return _create("densenet264_iabn", pretrained, tag, options)
 
 
+def wider_resnet38_deeplab3_iabn(pretrained=True, tag=None, **options):
+    """DeepLabV3 on wide ResNet-38 A2: 65 classes of street scenes, logits at an eighth of the size. Weights: vistas."""
+    return _create("wider_resnet38_deeplab3_iabn", pretrained, tag, options)
+
+
+def test_resnet_deeplab3_iabn(pretrained=False, tag=None, **options):
+    """DeepLabV3 on a small ResNet, for tests and demonstrations. No weights are published for it."""
+    return _create("test_resnet_deeplab3_iabn", pretrained, tag, options)
+
+
 def test_resnet_iabn(pretrained=True, tag=None, **options):
     """A ResNet of 0.3 million parameters that reads digits, bundled; for tests and demonstrations. Weights: mnist."""
     return _create("test_resnet_iabn", pretrained, tag, options)

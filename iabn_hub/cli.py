@@ -23,6 +23,7 @@ from .classify import DEFAULT_MODEL, SAMPLES, Classifier
 from .doctor import examine
 from .images import ImageError
 from .models import ARCHITECTURES, create_model
+from .segmentation import command as segmentation
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text.partition("\n")[0], description=text)
         sub.add_argument("--json", action="store_true", help="print JSON for a program instead of text for a person")
         sub.set_defaults(run=run)
         return sub
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
     classify.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes to show (default: 5)")
     classify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    segment = command("segment", segmentation.run, segmentation.DESCRIPTION)
+    segment.formatter_class = argparse.RawDescriptionHelpFormatter
+    segmentation.add_arguments(segment)
     return parser
 
 

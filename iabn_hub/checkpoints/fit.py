@@ -16,7 +16,7 @@ from .legacy import to_current
 
 _logger = logging.getLogger(__name__)
 SHOWN = 5  # names listed of each kind before '… and N more'
-FIRST_CONV, CLASSIFIER = "conv1.weight", "fc."
+FIRST_CONVS, CLASSIFIER = ("conv1.weight", "body.conv1.weight"), "fc."
 RGB = 3
 
 
@@ -74,9 +74,10 @@ def _keep_classifier_if_new(given: dict[str, Any], expected: Mapping[str, Tensor
 
 
 def _adapt_first_conv(given: dict[str, Any], expected: Mapping[str, Tensor]) -> None:
-    theirs, channels = given.get(FIRST_CONV), expected[FIRST_CONV].shape[1]
+    name = next(name for name in FIRST_CONVS if name in expected)
+    theirs, channels = given.get(name), expected[name].shape[1]
     if isinstance(theirs, Tensor) and theirs.dim() == 4 and theirs.shape[1] == RGB != channels:
-        given[FIRST_CONV] = adapt_input_conv(channels, theirs)
+        given[name] = adapt_input_conv(channels, theirs)
 
 
 def _is_plain(value: Any, expected: Tensor) -> bool:

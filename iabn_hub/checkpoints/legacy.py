@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import CheckpointError
 
@@ -45,13 +45,31 @@ _RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
 )
 
 
+# Of the segmentation network, whose file holds three state dicts: body, head and cls.
+_DENSE_PREDICTION = {
+    "head.map_convs.": "head.branches.",
+    "head.map_bn.": "head.bn_branches.",
+    "head.global_pooling_conv.": "head.pool.",
+    "head.global_pooling_bn.": "head.bn_pool.",
+    "head.red_conv.": "head.reduce.",
+    "head.pool_red_conv.": "head.reduce_pool.",
+    "head.red_bn.": "head.bn.",
+    "cls.": "fc.",
+}
+
+
 def is_legacy(names: Mapping[str, object]) -> bool:
     """Whether these are names of the legacy layout (all its networks have a `mod1`)."""
-    return any(name.removeprefix("module.").startswith("mod1.") for name in names)
+    return any(name.removeprefix("module.").removeprefix("body.").startswith("mod1.") for name in names)
 
 
 def current_name(name: str) -> str:
     """Our name for a legacy parameter or buffer; other names come back unchanged."""
+    if name.startswith("body."):
+        return "body." + current_name(name.removeprefix("body."))
+    for old, new in _DENSE_PREDICTION.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     for pattern, translate in _RULES:
         match = pattern.fullmatch(name)
         if match:
@@ -67,14 +85,26 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
     Raises:
         CheckpointError: two keys would get the same name.
     """
-    bare = _renamed(state_dict, {name: name.removeprefix("module.") for name in state_dict})
+    flat = _flat(state_dict)
+    bare = _renamed(flat, {name: name.removeprefix("module.") for name in flat})
     if not is_legacy(bare):
         return bare
     names = {name: current_name(name) for name in bare}
     # Pre-activation blocks have no norm on their projection, so that branch is the convolution alone.
-    if not any(name.startswith("layer") and ".downsample.1." in name for name in names.values()):
+    if not any(".downsample.1." in name for name in names.values()):
         names = {old: new.replace(".downsample.0.", ".downsample.") for old, new in names.items()}
     return _renamed(bare, names)
+
+
+def _flat(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """One state dict of several, each name behind that of its part."""
+    flat: dict[str, Any] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, Mapping):
+            flat.update((f"{name}.{inner}", each) for inner, each in value.items())
+        else:
+            flat[name] = value
+    return flat
 
 
 def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:

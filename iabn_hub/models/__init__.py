@@ -13,11 +13,12 @@ from torch import nn
 from ..checkpoints.catalogue import records, records_at_import, suggest
 from ..checkpoints.errors import UnknownNameError
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
-from . import iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
+from . import iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
 _logger = logging.getLogger(__name__)
 _FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
 ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
+SEGMENTERS = tuple(iabn_deeplab.default_cfgs)
 
 for _layer in (ABN, InPlaceABN, InPlaceABNSync):
     register_notrace_module(_layer)
@@ -36,8 +37,8 @@ for _record in records_at_import().values():
 def list_models(pretrained: bool = False) -> list[str]:
     """Names for `create_model`: all architectures, or every `model.tag` with weights."""
     if not pretrained:
-        return sorted(ARCHITECTURES)
-    return [name for name, record in records().items() if record.model in ARCHITECTURES]
+        return sorted((*ARCHITECTURES, *SEGMENTERS))
+    return [name for name, record in records().items() if record.model in (*ARCHITECTURES, *SEGMENTERS)]
 
 
 def create_model(
@@ -56,10 +57,9 @@ def create_model(
         UnknownNameError: no such model or tag.
         CheckpointError: the weights cannot be fetched, verified or loaded.
     """
-    if ":" not in name and name not in ARCHITECTURES and name not in list_models(pretrained=True):
-        raise UnknownNameError(
-            f"no model is called {name!r}" + suggest(name, [*ARCHITECTURES, *list_models(pretrained=True)])
-        )
+    known = [*list_models(), *list_models(pretrained=True)]
+    if ":" not in name and name not in known:
+        raise UnknownNameError(f"no model is called {name!r}" + suggest(name, known))
     if checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
         pretrained = True
         options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}
@@ -67,4 +67,4 @@ def create_model(
     return model
 
 
-__all__ = ["ARCHITECTURES", "create_model", "list_models"]
+__all__ = ["ARCHITECTURES", "SEGMENTERS", "create_model", "list_models"]

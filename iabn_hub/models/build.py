@@ -16,7 +16,6 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import fetch_checkpoint
 from ..checkpoints.fit import fit
 from ..checkpoints.weights import read_weights, weights_in
-from .network import Network
 
 URL_SCHEME = "iabn-hub:"  # how timm is told that weights exist
 STRIDE = 32  # of every registered architecture at its default options
@@ -27,11 +26,11 @@ def default_cfgs_of(*models: str) -> Any:
     cfgs: dict[str, Any] = {}
     known = records_at_import().values()
     for model in models:
-        cfgs |= {r.name: _cfg(r) for r in known if r.model == model} or {model: _cfg(None)}
+        cfgs |= {r.name: _cfg(model, r) for r in known if r.model == model} or {model: _cfg(model, None)}
     return generate_default_cfgs(cfgs)
 
 
-def _cfg(record: Checkpoint | None) -> dict[str, Any]:
+def _cfg(model: str, record: Checkpoint | None) -> dict[str, Any]:
     images = record.input if record else Preprocessing()
     cfg: dict[str, Any] = {
         "num_classes": record.num_classes if record else 1000,
@@ -41,7 +40,7 @@ def _cfg(record: Checkpoint | None) -> dict[str, Any]:
         "interpolation": images.interpolation,
         "mean": images.mean,
         "std": images.std,
-        "first_conv": "conv1",
+        "first_conv": "body.conv1" if "_deeplab3_" in model else "conv1",
         "classifier": "fc",
     }
     if record:
@@ -57,7 +56,7 @@ def _cfg(record: Checkpoint | None) -> dict[str, Any]:
     return cfg
 
 
-def build(network: type[Network], variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def build(network: type[nn.Module], variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """The network, with verified weights if `pretrained`.
 
     Weights come from the caller if `pretrained_cfg` or its overlay names a file, a folder, a Hub repository or a state
@@ -81,7 +80,7 @@ def build(network: type[Network], variant: str, pretrained: bool, options: dict[
         source, weights, is_published = _read(cfg, variant, record, options.get("cache_dir"))
         unsigned = unsigned if is_published else None
     if options.get("features_only"):
-        options.setdefault("out_indices", tuple(range(network.stages + 1)))
+        options.setdefault("out_indices", tuple(range(network.stages + 1)))  # type: ignore[attr-defined]
 
     def make(**arguments: Any) -> nn.Module:
         model = network(**arguments)

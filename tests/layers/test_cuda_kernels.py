@@ -135,17 +135,21 @@ PLANTED = {
 
 
 @pytest.fixture(scope="module")
-def planted_libraries(tmp_path_factory):
+def outcomes(tmp_path_factory):
+    """Of each fault, in a process of its own: threads that wait at different barriers end it."""
     folders = {name: tmp_path_factory.mktemp("planted") for name in PLANTED}
-    build = lambda name: on_host.build(folders[name], {"f32": torch.float32}, PLANTED[name])  # noqa: E731
+
+    def outcome(name):
+        library = on_host.build(folders[name], {"f32": torch.float32}, PLANTED[name])
+        command = [sys.executable, on_host.__file__, str(library)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(PLANTED, pool.map(build, PLANTED)))
+        return dict(zip(PLANTED, pool.map(outcome, PLANTED)))
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_fault_is_found(planted_libraries, name):
-    # In a process of its own: threads that wait at different barriers end it.
-    command = [sys.executable, on_host.__file__, str(planted_libraries[name])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_planted_fault_is_found(outcomes, name):
+    done = outcomes[name]
     assert done.returncode != 0
     assert any(word in done.stderr for word in ("AssertionError", "cuda_on_host")), done.stderr

@@ -83,7 +83,7 @@ def test_colours_vary_by_two_fifths_each_way():
 
 
 def test_erased_pixels_are_the_mean():
-    content = {**TINY, "training": {"erase": 1.0}}
+    content = {**TINY, "input": {"crop_train": 32}, "training": {"erase": 1.0}}
     white = Image.new("RGB", (40, 40), "white")
     image = train_transform(recipe_from(content, ""))(white)
     erased = image[:, (image != 255).any(0)]

@@ -1,0 +1,219 @@
+"""The command that turns photos into maps of classes: `iabn-hub segment`, and `tools/segment.py` under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from ..checkpoints.catalogue import find
+from ..checkpoints.errors import CheckpointError, UnknownNameError
+from ..checkpoints.legacy import to_current
+from ..checkpoints.weights import read_weights
+from ..images import ImageError, open_rgb
+from ..models import SEGMENTERS, create_model
+from ..training.evaluate import autocast
+from ..training.processes import Processes, processes
+from .fusion import FUSIONS
+from .palette import Palette, palette_of
+from .pictures import KINDS, draw, find_images, output_paths, save
+from .predict import Views, predict
+
+DEFAULT_MODEL = "wider_resnet38_deeplab3_iabn.vistas"
+LONGEST = 2048  # of the published result
+DESCRIPTION = """Say what is where in photos: streets, by default.
+
+IN is a file, a folder (with all below it) or a pattern in quotes. OUT receives NAME.KIND.png for every KIND of
+--output, of the size of the photo: palette (in the classes' colours), raw (the numbers of the classes), prob (the
+probability of the class, 255 is 1), overlay (photo, colours and legend). Outputs that are there already are
+kept, so that the same command goes on where it was stopped. Under torchrun (tools/segment.py) the processes share the
+photos.
+
+Memory, beside the network's own: 2.5 float32 numbers per pixel and class with mean and voting; at 2048 × 1536 and 65
+classes 2 GB. --tile limits what the network sees at a time."""
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    p.add_argument("input", metavar="IN", help="file, folder or 'pattern'")
+    p.add_argument("out", metavar="OUT", type=Path, help="folder for the results; made if missing")
+    p.add_argument("--model", metavar="NAME[.TAG]", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
+    p.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
+    p.add_argument("--output", dest="kinds", type=_words(KINDS), default=("palette",), metavar="KIND,…",
+                   help=f"one or more of {', '.join(KINDS)} (default: palette)")  # fmt: skip
+    p.add_argument("--scales", type=_numbers, default=(1.0,), metavar="X,…", help="such as 0.7,1,1.2 (default: 1)")
+    p.add_argument("--flip", action="store_true", help="look at each mirrored as well")
+    p.add_argument("--fusion", choices=tuple(FUSIONS), default="mean", help="of scales and mirrors (default: mean)")
+    p.add_argument("--longest", type=int, default=LONGEST, metavar="PIXELS",
+                   help=f"longer side that the network is shown; 0: as it is (default: {LONGEST})")  # fmt: skip
+    p.add_argument("--tile", type=int, metavar="PIXELS", help="side of the largest piece (default: all at once)")
+    p.add_argument("--batch-size", type=int, default=1, help="photos of one size at once (default: 1)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    p.add_argument("--overwrite", action="store_true", help="make outputs anew that are there already")
+
+
+def _words(known: tuple[str, ...]) -> Any:
+    def parse(text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(text.split(",")))
+        wrong = [word for word in words if word not in known]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(known)}")
+        return words
+
+    return parse
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(each) for each in text.split(","))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.7,1,1.2") from e
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`tools/segment.py`; returns the exit code."""
+    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(p)
+    p.add_argument("--json", action="store_true", help="print the share of every class in each photo as JSON")
+    try:
+        return run(p.parse_args(argv))
+    except UnknownNameError as e:
+        return _complain(e, 2)
+    except (CheckpointError, OSError) as e:
+        return _complain(e, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; what is finished is kept", 130)
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"segment: {message}", file=sys.stderr)
+    return code
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Segment what the arguments name; returns the exit code: 1 if a photo failed, 2 for wrong usage.
+
+    Raises:
+        UnknownNameError, CheckpointError: the network cannot be had.
+    """
+    try:
+        views = Views(arguments.scales, arguments.flip, arguments.fusion, arguments.tile)
+        files = find_images(arguments.input)
+        if arguments.batch_size < 1 or arguments.longest < 0:
+            raise ValueError("--batch-size must be 1 or more, --longest 0 or more")
+        with processes(arguments.device) as everyone:
+            return _segment(arguments, views, files, everyone)
+    except (ValueError, FileNotFoundError) as e:
+        return _complain(e, 2)
+
+
+def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path, Path]], everyone: Processes) -> int:
+    network, normalize, palette = _load(arguments, everyone)
+    wanted = [(file, output_paths(arguments.out, below, arguments.kinds)) for file, below in files]
+    todo = [(f, to) for f, to in wanted if arguments.overwrite or not all(path.exists() for path in to.values())]
+    rows: list[dict[str, Any]] = [{"image": str(f), "kept": True} for f, to in wanted if (f, to) not in todo]
+    mine = todo[everyone.rank :: everyone.count]
+    done: list[dict[str, Any]] = []
+    bar = tqdm(total=len(mine), unit="photo", disable=None if everyone.first else True)
+    for batch in _batches(mine, arguments.longest, arguments.batch_size, done):
+        images = torch.stack([normalize(shown) for _, _, _, shown in batch]).to(everyone.device)
+        with autocast(everyone.device, arguments.amp):
+            values, classes = predict(network, images, views)
+        for (file, to, photo, _), value, labels in zip(batch, values.cpu().numpy(), classes.cpu().numpy()):
+            for kind, path in to.items():
+                save(draw(kind, photo, labels, value, palette), path)
+            outputs = {kind: str(path) for kind, path in to.items()}
+            done.append({"image": str(file), "outputs": outputs, "classes": _shares(labels, palette)})
+        bar.update(len(batch))
+    bar.close()
+    for share in everyone.gather(done):
+        rows += share
+    failed = [row for row in rows if "error" in row]
+    if everyone.first:
+        _print(rows, arguments, views)
+    return 1 if failed else 0
+
+
+def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module, Any, Palette]:
+    name, checkpoint = arguments.model, arguments.checkpoint
+    if checkpoint is not None and name in SEGMENTERS:  # a file of the caller's, with classes of its own
+        head = to_current(read_weights(Path(checkpoint))).get("fc.weight")
+        classes = {} if head is None else {"num_classes": len(head)}
+        dataset, names = "", None
+    else:
+        record = find(name)
+        if record.task != "segmentation":
+            raise UnknownNameError(f"{record.name} is for {record.task}, not for segmentation")
+        name, dataset, names, classes = record.name, record.dataset, record.classes, {}
+    network = create_model(name, pretrained=True, checkpoint=checkpoint, **classes).to(everyone.device).eval()
+    cfg = timm.data.resolve_model_data_config(network)
+    normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg["mean"], cfg["std"])])
+    count: Any = network.num_classes
+    return network, normalize, palette_of(dataset, count, names)
+
+
+def _batches(
+    files: list[tuple[Path, dict[str, Path]]], longest: int, batch_size: int, failed: list[dict[str, Any]]
+) -> Iterator[list[tuple[Path, dict[str, Path], Image.Image, Image.Image]]]:
+    """Neighbours of one size together: file, outputs, the photo, and what the network is shown of it."""
+
+    def opened() -> Iterator[tuple[Path, dict[str, Path], Image.Image, Image.Image]]:
+        for file, to in files:
+            try:
+                photo = open_rgb(file)
+            except ImageError as e:
+                failed.append({"image": str(file), "error": str(e)})
+                _complain(e, 1)
+                continue
+            yield file, to, photo, _shown(photo, longest)
+
+    for _, group in groupby(opened(), key=lambda each: each[3].size):
+        batch = []
+        for each in group:
+            batch.append(each)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _shown(photo: Image.Image, longest: int) -> Image.Image:
+    if longest == 0 or max(photo.size) == longest:
+        return photo
+    scale = longest / max(photo.size)
+    width, height = (max(1, int(side * scale)) for side in photo.size)
+    return photo.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _shares(classes: np.ndarray, palette: Palette) -> dict[str, float]:
+    """The percentage of pixels of each class that is there, the largest first."""
+    counts = np.bincount(classes.ravel(), minlength=len(palette.names))
+    order = counts.argsort(kind="stable")[::-1]
+    return {palette.names[n]: 100 * float(counts[n]) / classes.size for n in order if counts[n]}
+
+
+def _print(rows: list[dict[str, Any]], arguments: argparse.Namespace, views: Views) -> None:
+    if arguments.json:
+        options = {"scales": list(views.scales), "flip": views.flip, "fusion": views.fusion, "tile": views.tile}
+        print(json.dumps({"model": arguments.model, "views": options, "images": rows}, indent=1, ensure_ascii=False))
+        return
+    for row in rows:
+        if row.get("kept"):
+            print(f"{row['image']}: kept what is there (--overwrite makes it anew)")
+        elif "classes" in row:
+            shares = ", ".join(f"{name} {share:.1f} %" for name, share in list(row["classes"].items())[:5])
+            print(f"{row['image']}: {shares}")
