@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from iabn_hub.checkpoints import records
-from iabn_hub.models import ARCHITECTURES, SEGMENTERS
+from iabn_hub.models import MODELS
 
 from .legacy_files import a_record, a_small_network, flip_a_byte, md5, save_legacy, write_catalogue
 from .paths import ROOT
@@ -84,15 +84,15 @@ def test_all_doors_give_equal_bits(name, clone, organisation, tmp_path):
 
 def test_hub_lists_and_explains_every_model(clone, tmp_path):
     shutil.copytree(clone, tmp_path / "torch" / "hub" / "owner_name_main")
-    assert sorted(torch.hub.list("owner/name:main", trust_repo=True)) == sorted((*ARCHITECTURES, *SEGMENTERS))
-    for model in (*ARCHITECTURES, *SEGMENTERS):
+    assert sorted(torch.hub.list("owner/name:main", trust_repo=True)) == sorted(MODELS)
+    for model in MODELS:
         text = torch.hub.help("owner/name:main", model, trust_repo=True)
         tags = [r.tag for r in records().values() if r.model == model]
         assert all(tag in text for tag in tags), text
 
 
 def test_hub_loads_every_model(clone):
-    for model in (*ARCHITECTURES, *SEGMENTERS):
+    for model in MODELS:
         network = torch.hub.load(str(clone), model, source="local", pretrained=False, device="meta", num_classes=3)
         assert network.num_classes == 3
 

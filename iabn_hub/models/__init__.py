@@ -19,6 +19,7 @@ _logger = logging.getLogger(__name__)
 _FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
 ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
 SEGMENTERS = tuple(iabn_deeplab.default_cfgs)
+MODELS = (*ARCHITECTURES, *SEGMENTERS)
 
 for _layer in (ABN, InPlaceABN, InPlaceABNSync):
     register_notrace_module(_layer)
@@ -37,8 +38,8 @@ for _record in records_at_import().values():
 def list_models(pretrained: bool = False) -> list[str]:
     """Names for `create_model`: all architectures, or every `model.tag` with weights."""
     if not pretrained:
-        return sorted((*ARCHITECTURES, *SEGMENTERS))
-    return [name for name, record in records().items() if record.model in (*ARCHITECTURES, *SEGMENTERS)]
+        return sorted(MODELS)
+    return [name for name, record in records().items() if record.model in MODELS]
 
 
 def create_model(
@@ -57,9 +58,11 @@ def create_model(
         UnknownNameError: no such model or tag.
         CheckpointError: the weights cannot be fetched, verified or loaded.
     """
-    known = [*list_models(), *list_models(pretrained=True)]
-    if ":" not in name and name not in known:
-        raise UnknownNameError(f"no model is called {name!r}" + suggest(name, known))
+    # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
+    if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):
+        raise UnknownNameError(
+            f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)])
+        )
     if checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
         pretrained = True
         options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}
@@ -67,4 +70,4 @@ def create_model(
     return model
 
 
-__all__ = ["ARCHITECTURES", "SEGMENTERS", "create_model", "list_models"]
+__all__ = ["ARCHITECTURES", "MODELS", "SEGMENTERS", "create_model", "list_models"]

@@ -144,6 +144,11 @@ def test_mistyped_model_gets_near_names(name):
         iabn_hub.create_model(name)
 
 
+def test_a_broken_catalogue_does_not_stop_a_network_without_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("IABN_HUB_CATALOGUE", str(tmp_path / "none.json"))
+    assert iabn_hub.create_model("resnet18_iabn", device="meta").num_classes == 1000
+
+
 def test_listing_with_weights_has_tags():
     names = iabn_hub.list_models(pretrained=True)
     assert "resnext101_iabn.lr_512_in1k" in names
