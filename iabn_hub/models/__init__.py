@@ -60,9 +60,7 @@ def create_model(
     """
     # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
     if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):
-        raise UnknownNameError(
-            f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)])
-        )
+        raise UnknownNameError(f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)]))
     if checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
         pretrained = True
         options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}

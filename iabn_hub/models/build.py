@@ -21,16 +21,18 @@ URL_SCHEME = "iabn-hub:"  # how timm is told that weights exist
 STRIDE = 32  # of every registered architecture at its default options
 
 
-def default_cfgs_of(*models: str) -> Any:
+def default_cfgs_of(*models: str, first_conv: str = "conv1") -> Any:
     """timm's `default_cfgs` for these architectures, made from the catalogue."""
     cfgs: dict[str, Any] = {}
     known = records_at_import().values()
     for model in models:
-        cfgs |= {r.name: _cfg(model, r) for r in known if r.model == model} or {model: _cfg(model, None)}
+        cfgs |= {r.name: _cfg(r) for r in known if r.model == model} or {model: _cfg(None)}
+    for cfg in cfgs.values():
+        cfg["first_conv"] = first_conv
     return generate_default_cfgs(cfgs)
 
 
-def _cfg(model: str, record: Checkpoint | None) -> dict[str, Any]:
+def _cfg(record: Checkpoint | None) -> dict[str, Any]:
     images = record.input if record else Preprocessing()
     cfg: dict[str, Any] = {
         "num_classes": record.num_classes if record else 1000,
@@ -40,7 +42,6 @@ def _cfg(model: str, record: Checkpoint | None) -> dict[str, Any]:
         "interpolation": images.interpolation,
         "mean": images.mean,
         "std": images.std,
-        "first_conv": "body.conv1" if "_deeplab3_" in model else "conv1",
         "classifier": "fc",
     }
     if record:

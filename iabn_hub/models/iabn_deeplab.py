@@ -4,7 +4,7 @@ Rethinking Atrous Convolution for Semantic Image Segmentation (https://arxiv.org
 In-Place Activated BatchNorm (https://arxiv.org/abs/1712.02616).
 """
 
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from timm.models import register_model
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .build import build, default_cfgs_of
-from .iabn_resnet import BasicBlock, ResNet
+from .iabn_resnet import TEST_RESNET, ResNet
 from .iabn_wider_resnet import LAYERS, WiderResNet
 from .network import NormFactory, norm_factory
 
@@ -117,21 +117,21 @@ class DeepLabV3(nn.Module):
         self.body.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
-class WiderResNetDeepLabV3(DeepLabV3):
-    """DeepLabV3 on a wide ResNet A2.
+class DeepLabV3Network(DeepLabV3):
+    """DeepLabV3 on a body of one of our families.
 
     Args:
-        layers: blocks in each of the six stages.
+        family: class of the body, such as `WiderResNet`.
+        architecture: what makes a body of that class the one that is meant, such as its `layers`.
         output_stride: of the logits.
         num_classes, in_chans, norm_layer, activation, activation_param, signed_scale, device, dtype: as in
             `iabn_resnet.ResNet`. pooling: as in `DeepLabV3Head`.
     """
 
-    stages: int = 6
-
     def __init__(
         self,
-        layers: Tuple[int, int, int, int, int, int],
+        family: Any,
+        architecture: Dict[str, Any],
         num_classes: int = 65,
         in_chans: int = 3,
         output_stride: int = 8,
@@ -143,64 +143,31 @@ class WiderResNetDeepLabV3(DeepLabV3):
         device: Any = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
-        norms: Any = {"norm_layer": norm_layer, "activation": activation, "activation_param": activation_param}
         where = {"device": device, "dtype": dtype}
-        body = WiderResNet(
-            layers, a2=True, num_classes=0, in_chans=in_chans, output_stride=output_stride, global_pool="",
-            signed_scale=signed_scale, **norms, **where,
+        body = family(
+            **architecture, num_classes=0, in_chans=in_chans, output_stride=output_stride, global_pool="",
+            norm_layer=norm_layer, activation=activation, activation_param=activation_param,
+            signed_scale=signed_scale, **where,
         )  # fmt: skip
         norm = norm_factory(norm_layer, activation, activation_param, signed_scale, device, dtype)
         super().__init__(body, body.num_features, num_classes, norm, pooling, where)
         self.in_chans = in_chans
 
 
-class ResNetDeepLabV3(DeepLabV3):
-    """DeepLabV3 on a ResNet.
-
-    Args:
-        block, layers, widths: as in `iabn_resnet.ResNet`; the rest as in `WiderResNetDeepLabV3`.
-    """
-
-    stages: int = 4
-
-    def __init__(
-        self,
-        block: Any,
-        layers: Tuple[int, int, int, int],
-        widths: Tuple[int, int, int, int] = (64, 128, 256, 512),
-        num_classes: int = 65,
-        in_chans: int = 3,
-        output_stride: int = 8,
-        pooling: Optional[Tuple[int, int]] = POOLING,
-        norm_layer: Union[str, NormFactory] = "iabn",
-        activation: str = "leaky_relu",
-        activation_param: float = 0.01,
-        signed_scale: bool = False,
-        device: Any = None,
-        dtype: Optional[torch.dtype] = None,
-    ) -> None:
-        norms: Any = {"norm_layer": norm_layer, "activation": activation, "activation_param": activation_param}
-        where = {"device": device, "dtype": dtype}
-        body = ResNet(
-            block, layers, widths=widths, num_classes=0, in_chans=in_chans, output_stride=output_stride, global_pool="",
-            signed_scale=signed_scale, **norms, **where,
-        )  # fmt: skip
-        norm = norm_factory(norm_layer, activation, activation_param, signed_scale, device, dtype)
-        super().__init__(body, body.num_features, num_classes, norm, pooling, where)
-        self.in_chans = in_chans
+default_cfgs = default_cfgs_of("wider_resnet38_deeplab3_iabn", "test_resnet_deeplab3_iabn", first_conv="body.conv1")
 
 
-default_cfgs = default_cfgs_of("wider_resnet38_deeplab3_iabn", "test_resnet_deeplab3_iabn")
+def _deeplab(variant: str, pretrained: bool, options: dict[str, Any], family: Any, **architecture: Any) -> nn.Module:
+    return build(DeepLabV3Network, variant, pretrained, {"family": family, "architecture": architecture, **options})
 
 
 @register_model
 def wider_resnet38_deeplab3_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
-    """DeepLabV3 on wide ResNet-38 A2 with in-place ABN, for 65 classes of streets; options: `WiderResNetDeepLabV3`."""
-    return build(WiderResNetDeepLabV3, "wider_resnet38_deeplab3_iabn", pretrained, {"layers": LAYERS[38], **options})
+    """DeepLabV3 on wide ResNet-38 A2 with in-place ABN, for 65 classes of streets; options: `DeepLabV3Network`."""
+    return _deeplab("wider_resnet38_deeplab3_iabn", pretrained, options, WiderResNet, layers=LAYERS[38], a2=True)
 
 
 @register_model
 def test_resnet_deeplab3_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
-    """DeepLabV3 on the test ResNet, for tests and demonstrations; options: `ResNetDeepLabV3`."""
-    architecture = {"block": BasicBlock, "layers": (1, 1, 1, 1), "widths": (24, 48, 72, 96)}
-    return build(ResNetDeepLabV3, "test_resnet_deeplab3_iabn", pretrained, {**architecture, **options})
+    """DeepLabV3 on the test ResNet, for tests and demonstrations; options as in `DeepLabV3Network`."""
+    return _deeplab("test_resnet_deeplab3_iabn", pretrained, options, ResNet, **TEST_RESNET)

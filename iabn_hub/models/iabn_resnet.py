@@ -4,7 +4,7 @@ Deep Residual Learning for Image Recognition (https://arxiv.org/abs/1512.03385),
 Parameters have timm's and torchvision's names, so that their ResNet weights fit (with `signed_scale=True`).
 """
 
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.models import register_model
@@ -130,6 +130,8 @@ def _resnet(variant: str, pretrained: bool, options: dict[str, Any], **architect
     return build(ResNet, variant, pretrained, dict(architecture, **options))
 
 
+TEST_RESNET: Dict[str, Any] = {"block": BasicBlock, "layers": (1, 1, 1, 1), "widths": (24, 48, 72, 96)}
+
 default_cfgs = default_cfgs_of(
     "resnet18_iabn", "resnet34_iabn", "resnet50_iabn", "resnet101_iabn", "resnet152_iabn", "test_resnet_iabn"
 )
@@ -168,6 +170,4 @@ def resnet152_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
 @register_model
 def test_resnet_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
     """A ResNet of 0.4 million parameters for tests and demonstrations; options as in `ResNet`."""
-    return _resnet(
-        "test_resnet_iabn", pretrained, options, block=BasicBlock, layers=(1, 1, 1, 1), widths=(24, 48, 72, 96)
-    )
+    return _resnet("test_resnet_iabn", pretrained, options, **TEST_RESNET)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import iabn_hub
 from iabn_hub.checkpoints.fit import fit
 from iabn_hub.layers import InPlaceABN
-from iabn_hub.models.iabn_deeplab import DeepLabV3, DeepLabV3Head, WiderResNetDeepLabV3
+from iabn_hub.models.iabn_deeplab import DeepLabV3, DeepLabV3Head
 
 from ..paths import DATA
 from .test_published_logits import RECORDED, a_legacy_state_dict
@@ -71,9 +71,8 @@ def test_on_any_body_every_parameter_learns():
 
 
 def test_options_reach_every_part():
-    network = WiderResNetDeepLabV3(
-        (1, 1, 1, 1, 1, 1), 3, in_chans=1, norm_layer="abn", activation="relu", device="meta"
-    )
+    options = {"in_chans": 1, "norm_layer": "abn", "activation": "relu", "device": "meta"}
+    network = iabn_hub.create_model(NAME, num_classes=3, **options)
     assert network.body.conv1.in_channels == 1
     assert {type(m).__name__ for m in network.modules() if "ABN" in type(m).__name__} == {"ABN"}
     network.set_grad_checkpointing()
