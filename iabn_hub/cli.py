@@ -12,20 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import __version__
 from .checkpoints.catalogue import Checkpoint, checkpoints_of, find, records
 from .checkpoints.errors import CheckpointError, UnknownNameError
 from .checkpoints.fetch import cached_files, fetch_checkpoint, local_file
 from .checkpoints.verify import is_verified, md5_of, recheck
 from .classify import DEFAULT_MODEL, SAMPLES, Classifier
+from .commands import FAILED, INTERRUPTED, OK, USAGE, complain
 from .doctor import examine
 from .images import ImageError
 from .models import ARCHITECTURES, create_model
+from .processes import usable_device
 from .segmentation import command as segmentation
 
-OK, FAILED, USAGE = 0, 1, 2
+PROGRAM = "iabn-hub"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,21 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UnknownNameError as e:
-        return _complain(e, USAGE)
+        return complain(PROGRAM, e, USAGE)
     except CheckpointError as e:
-        return _complain(e, FAILED)
+        return complain(PROGRAM, e, FAILED)
     except BrokenPipeError:  # `iabn-hub list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except OSError as e:
-        return _complain(f"{e.filename or 'output'}: {e.strerror or e}", FAILED)
+        return complain(PROGRAM, f"{e.filename or 'output'}: {e.strerror or e}", FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"iabn-hub: {message}", file=sys.stderr)
-    return code
+        return complain(PROGRAM, "interrupted", INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +191,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
                 print(f"{record.name}  {path}  {path.stat().st_size:,} bytes, md5 verified")
         except CheckpointError as e:
             rows.append({"name": record.name, "error": str(e)})
-            _complain(e, FAILED)
+            complain(PROGRAM, e, FAILED)
     if arguments.json:
         _print_json(rows)
     return FAILED if any("error" in row for row in rows) else OK
@@ -247,12 +242,12 @@ def _classify(arguments: argparse.Namespace) -> int:
     images = arguments.images
     if not images:
         if arguments.model or arguments.checkpoint is not None:
-            return _complain("name at least one image, or leave --model out for the bundled samples", USAGE)
+            return complain(PROGRAM, "name at least one image, or leave --model out for the bundled samples", USAGE)
         images = [str(path) for path in sorted(SAMPLES.glob("*.png"))]
     try:
-        torch.zeros(1, device=arguments.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        return _complain(f"device {arguments.device!r} cannot be used: {str(e).splitlines()[0]}", USAGE)
+        usable_device(arguments.device)
+    except ValueError as e:
+        return complain(PROGRAM, e, USAGE)
     model = arguments.model or DEFAULT_MODEL
     if arguments.checkpoint is None:
         _find(model)
@@ -265,7 +260,7 @@ def _classify(arguments: argparse.Namespace) -> int:
             guesses = classifier.classify(image, arguments.topk)
         except ImageError as e:
             rows.append({"image": image, "error": str(e)})
-            _complain(e, FAILED)
+            complain(PROGRAM, e, FAILED)
             continue
         rows.append({"image": image, "predictions": [asdict(guess) for guess in guesses]})
         if not arguments.json:

@@ -18,11 +18,10 @@ import torch
 from benchmark import machine
 from torch.nn import functional as F
 
+from iabn_hub.processes import autocast, processes
 from iabn_hub.training.data import Location, TrainLoader, classes_of, open_split
-from iabn_hub.training.evaluate import autocast
 from iabn_hub.training.loop import Trainer
 from iabn_hub.training.network import build_network, build_optimizer
-from iabn_hub.training.processes import processes
 from iabn_hub.training.recipe import read_recipe
 from iabn_hub.training.snapshots import Snapshots
 from iabn_hub.training.transforms import Normalize, train_transform

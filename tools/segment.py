@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Turn photos into maps of classes, on many devices under torchrun: python tools/segment.py IN OUT. See --help."""
+"""`iabn-hub segment` for torchrun: turn photos into maps of classes, python tools/segment.py IN OUT. See --help."""
 
 import sys
 
-from iabn_hub.segmentation.command import main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["segment", *sys.argv[1:]]))

@@ -61,16 +61,21 @@ def fit(
     return given
 
 
+def count_classes(state_dict: Mapping[str, Any]) -> int | None:
+    """How many classes these weights tell apart, in the legacy layout or ours; None if they have no classifier."""
+    weight = to_current(state_dict).get(f"{CLASSIFIER}weight")
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() > 0 else None
+
+
 def _keep_classifier_if_new(given: dict[str, Any], expected: Mapping[str, Tensor]) -> None:
-    theirs, ours = given.get(f"{CLASSIFIER}weight"), expected.get(f"{CLASSIFIER}weight")
-    classes = len(theirs) if isinstance(theirs, Tensor) and theirs.dim() > 0 else None
-    if classes is None or (ours is not None and classes == len(ours)):
+    classes, ours = count_classes(given), count_classes(expected)
+    if classes is None or classes == ours:
         return
     for name in [n for n in given if n.startswith(CLASSIFIER)]:
         del given[name]
     given.update((n, value) for n, value in expected.items() if n.startswith(CLASSIFIER))
     if ours is not None:
-        _logger.warning("the classifier is new: the weights have %d classes, the network %d", classes, len(ours))
+        _logger.warning("the classifier is new: the weights have %d classes, the network %d", classes, ours)
 
 
 def _adapt_first_conv(given: dict[str, Any], expected: Mapping[str, Tensor]) -> None:

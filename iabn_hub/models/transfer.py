@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.errors import CheckpointError
+from ..checkpoints.fit import CLASSIFIER, count_classes
 from ..layers import ABN, InPlaceABN
 from ..layers.reference import effective_scale
-
-CLASSIFIER = "fc."
 
 
 def transfer(source: nn.Module, target: nn.Module) -> list[str]:
@@ -29,7 +28,8 @@ def transfer(source: nn.Module, target: nn.Module) -> list[str]:
     differ = [n for n in state.keys() | expected.keys() if _shape(state.get(n)) != _shape(expected.get(n))]
     if differ and all(name.startswith(CLASSIFIER) for name in differ):
         sentences.append(
-            f"the classifier is new: the weights have {_classes(state)} classes, the network {_classes(expected)}"
+            f"the classifier is new: the weights have {count_classes(state) or 0} classes, the network "
+            f"{count_classes(expected) or 0}"
         )
         state = {n: v for n, v in state.items() if not n.startswith(CLASSIFIER)}
         state |= {n: v for n, v in expected.items() if n.startswith(CLASSIFIER)}
@@ -52,11 +52,6 @@ def transfer(source: nn.Module, target: nn.Module) -> list[str]:
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
-
-
-def _classes(state: dict[str, Tensor]) -> int:
-    weight = state.get(f"{CLASSIFIER}weight")
-    return 0 if weight is None else len(weight)
 
 
 def _scale(layer: ABN) -> Tensor:

@@ -1,10 +1,9 @@
-"""The command that turns photos into maps of classes: `iabn-hub segment`, and `tools/segment.py` under torchrun."""
+"""The command that turns photos into maps of classes: `iabn-hub segment IN OUT`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -19,18 +18,19 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ..checkpoints.catalogue import find
-from ..checkpoints.errors import CheckpointError, UnknownNameError
-from ..checkpoints.legacy import to_current
+from ..checkpoints.errors import UnknownNameError
+from ..checkpoints.fit import count_classes
 from ..checkpoints.weights import read_weights
+from ..commands import FAILED, OK, USAGE, complain
 from ..images import ImageError, open_rgb
 from ..models import SEGMENTERS, create_model
-from ..training.evaluate import autocast
-from ..training.processes import Processes, processes
+from ..processes import Processes, autocast, processes
 from .fusion import FUSIONS
 from .palette import Palette, palette_of
 from .pictures import KINDS, draw, find_images, output_paths, save
 from .predict import Views, predict
 
+PROGRAM = "segment"
 DEFAULT_MODEL = "wider_resnet38_deeplab3_iabn.vistas"
 LONGEST = 2048  # of the published result
 DESCRIPTION = """Say what is where in photos: streets, by default.
@@ -83,26 +83,6 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.7,1,1.2") from e
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`tools/segment.py`; returns the exit code."""
-    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(p)
-    p.add_argument("--json", action="store_true", help="print the share of every class in each photo as JSON")
-    try:
-        return run(p.parse_args(argv))
-    except UnknownNameError as e:
-        return _complain(e, 2)
-    except (CheckpointError, OSError) as e:
-        return _complain(e, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted; what is finished is kept", 130)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"segment: {message}", file=sys.stderr)
-    return code
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Segment what the arguments name; returns the exit code: 1 if a photo failed, 2 for wrong usage.
 
@@ -117,14 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
         with processes(arguments.device) as everyone:
             return _segment(arguments, views, files, everyone)
     except (ValueError, FileNotFoundError) as e:
-        return _complain(e, 2)
+        return complain(PROGRAM, e, USAGE)
 
 
 def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path, Path]], everyone: Processes) -> int:
     network, normalize, palette = _load(arguments, everyone)
     wanted = [(file, output_paths(arguments.out, below, arguments.kinds)) for file, below in files]
-    todo = [(f, to) for f, to in wanted if arguments.overwrite or not all(path.exists() for path in to.values())]
-    rows: list[dict[str, Any]] = [{"image": str(f), "kept": True} for f, to in wanted if (f, to) not in todo]
+    # Decided once: a process that looks later would find what the others have written meanwhile.
+    there = everyone.from_first([not arguments.overwrite and all(p.exists() for p in to.values()) for _, to in wanted])
+    rows: list[dict[str, Any]] = [{"image": str(file), "kept": True} for (file, _), kept in zip(wanted, there) if kept]
+    todo = [each for each, kept in zip(wanted, there) if not kept]
     mine = todo[everyone.rank :: everyone.count]
     done: list[dict[str, Any]] = []
     bar = tqdm(total=len(mine), unit="photo", disable=None if everyone.first else True)
@@ -144,14 +126,14 @@ def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path
     failed = [row for row in rows if "error" in row]
     if everyone.first:
         _print(rows, arguments, views)
-    return 1 if failed else 0
+    return FAILED if failed else OK
 
 
 def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module, Any, Palette]:
     name, checkpoint = arguments.model, arguments.checkpoint
     if checkpoint is not None and name in SEGMENTERS:  # a file of the caller's, with classes of its own
-        head = to_current(read_weights(Path(checkpoint))).get("fc.weight")
-        classes = {} if head is None else {"num_classes": len(head)}
+        count = count_classes(read_weights(Path(checkpoint)))
+        classes = {} if count is None else {"num_classes": count}
         dataset, names = "", None
     else:
         record = find(name)
@@ -161,8 +143,8 @@ def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module
     network = create_model(name, pretrained=True, checkpoint=checkpoint, **classes).to(everyone.device).eval()
     cfg = timm.data.resolve_model_data_config(network)
     normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg["mean"], cfg["std"])])
-    count: Any = network.num_classes
-    return network, normalize, palette_of(dataset, count, names)
+    num_classes: Any = network.num_classes
+    return network, normalize, palette_of(dataset, num_classes, names)
 
 
 def _batches(
@@ -176,7 +158,7 @@ def _batches(
                 photo = open_rgb(file)
             except ImageError as e:
                 failed.append({"image": str(file), "error": str(e)})
-                _complain(e, 1)
+                complain(PROGRAM, e, FAILED)
                 continue
             yield file, to, photo, _shown(photo, longest)
 

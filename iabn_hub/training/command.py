@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.errors import CheckpointError
+from ..commands import FAILED, INTERRUPTED, OK, USAGE, check_least, complain
+from ..processes import processes
 from .data import DataError, Location
 from .loop import DivergedError
-from .processes import processes
 from .recipe import Recipe, RecipeError, read_recipe
 from .run import Options, train
 
+PROGRAM = "train.py"
 DESCRIPTION = """Train a network as a recipe says, or fine-tune it, on one device or many.
 
 DATA is a folder with train/CLASS/* and val/CLASS/*, or train.tar and val.tar. With --dataset it is what timm reads
@@ -102,30 +103,23 @@ def main(recipes: Path, argv: list[str] | None = None) -> int:
     arguments = p.parse_args(argv)
     if arguments.recipe == "list":
         print("\n".join(sorted(path.stem for path in recipes.glob("*.json"))))
-        return 0
+        return OK
     if not arguments.data and not arguments.dataset:
         p.error("name the folder of the images: RECIPE DATA")
-    for name, low in (("workers", 0), ("keep", 1), ("max_broken", 0), ("minutes", 0)):
-        if getattr(arguments, name) < low:
-            p.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be {low} or more")
+    check_least(p, arguments, workers=0, keep=1, max_broken=0, minutes=0)
     if arguments.resume and (arguments.overwrite or arguments.pretrained is not None):
         p.error("--resume goes on with what is there: leave --overwrite and --pretrained out")
     try:
         recipe = _recipe(arguments)
         with processes(arguments.device) as everyone, _signals() as signals:
             finished = train(recipe, _options(arguments), everyone, signals.__bool__)
-            return 0 if finished else 128 + (signals.received or signal.SIGTERM)
+            return OK if finished else 128 + (signals.received or signal.SIGTERM)
     except RecipeError as e:
-        return _complain(e, 2)
+        return complain(PROGRAM, e, USAGE)
     except (CheckpointError, DataError, DivergedError, ValueError, OSError) as e:
-        return _complain(e, 1)
+        return complain(PROGRAM, e, FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted; the snapshots in --out are whole, go on with --resume auto", 130)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"train.py: {message}", file=sys.stderr)
-    return code
+        return complain(PROGRAM, "interrupted; the snapshots in --out are whole, go on with --resume auto", INTERRUPTED)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torchvision.datasets import ImageFolder
 
 from ..images import ImageError, open_rgb
-from .processes import Processes
+from ..processes import Processes
 from .transforms import Transform
 
 MODEST = 19  # niceness of workers that share the cores with the network: they take what its threads leave idle

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..processes import Processes, autocast
 from .data import Batch
-from .processes import Processes
 
 MISTAKES_KEPT = 50  # the surest of each process
 
@@ -153,9 +153,3 @@ def check_labels(labels: Tensor, classes: int) -> None:
             f"the data has class {int(labels.max() if labels.max() >= classes else labels.min())}, "
             f"the network has classes 0 to {classes - 1}: set network.classes, or use the right network"
         )
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Mixed precision in 'bf16' or 'fp16'; nothing with 'off'."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=amp != "off")

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..checkpoints.export import write_atomically
-from .processes import Processes
+from ..processes import Processes
 from .report import training_report
 
 Row = dict[str, float]

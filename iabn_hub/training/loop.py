@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from ..processes import Processes, autocast
 from .data import Batch, TrainLoader
-from .evaluate import Score, autocast, check_labels
+from .evaluate import Score, check_labels
 from .journal import Clock, Journal, Row
 from .network import LearningRate, build_optimizer
-from .processes import Processes
 from .recipe import Recipe
 from .snapshots import Snapshots
 

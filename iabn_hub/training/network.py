@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.fit import CLASSIFIER
 from ..layers import ABN
 from ..models import create_model
 from .recipe import Recipe, RecipeError
 
-CLASSIFIER = "fc."
 CLASSIFIER_GAIN = 0.1
 
 

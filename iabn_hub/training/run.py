@@ -18,12 +18,12 @@ from torch import nn
 from .. import __version__
 from ..checkpoints.export import save_safetensors, write_atomically
 from ..models.transfer import transfer
+from ..processes import Processes
 from .data import DataError, Location, TrainLoader, check_alike, classes_of, open_split, val_loader
 from .evaluate import Score, evaluate
 from .journal import Journal
 from .loop import Trainer
 from .network import build_network, options_of
-from .processes import Processes
 from .recipe import Recipe, RecipeError
 from .snapshots import Snapshots, read_snapshot
 from .sources import load_source

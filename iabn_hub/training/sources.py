@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoints.catalogue import Checkpoint, find
 from ..checkpoints.errors import CheckpointError, UnknownNameError
+from ..checkpoints.fit import count_classes
 from ..checkpoints.weights import read_weights
 from ..classify import labels_of
 from ..layers import ABN, InPlaceABN
@@ -119,9 +120,8 @@ def _from_file(path: Path, arch: str | None) -> Source:
             arch = (file.metadata() or {}).get("arch")
     if arch is None or arch not in ARCHITECTURES:
         raise CheckpointError(f"{path}: of which network are these weights? Pass --arch, such as --arch resnet50_iabn")
-    weights = read_weights(path)
-    heads = [v for name, v in weights.items() if name.endswith("fc.weight")]
-    options: dict[str, Any] = {"num_classes": len(heads[0])} if heads else {}
+    count = count_classes(read_weights(path))
+    options: dict[str, Any] = {} if count is None else {"num_classes": count}
     model = create_model(arch, checkpoint=path, **options)
     return Source(model, arch, options, str(path), _input_of(model))
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.catalogue import Checkpoint, Result
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.export import write_atomically
+from ..commands import FAILED, INTERRUPTED, USAGE, check_least, complain
 from ..images import open_rgb
+from ..processes import Processes, processes
 from .data import DataError, Location, classes_of, open_split, val_loader
 from .evaluate import Score, evaluate
-from .processes import Processes, processes
 from .report import page, picture, table
 from .sources import Source, load_source
 from .transforms import Normalize, val_transform
 
+PROGRAM = "validate.py"
 DESCRIPTION = """Measure what a network gets right: top-1, top-5 and loss over every image of a split, each counted
 once, on one device or, under torchrun, on many.
 
@@ -78,24 +79,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = p.parse_args(argv)
     if not arguments.data and not arguments.dataset:
         p.error("name the folder of the images: MODEL DATA")
-    for name, low in (("batch_size", 1), ("workers", 0), ("tolerance", 0), ("crop", 16)):
-        value = getattr(arguments, name)
-        if value is not None and value < low:
-            p.error(f"--{name.replace('_', '-')} is {value}: it must be {low} or more")
+    check_least(p, arguments, batch_size=1, workers=0, tolerance=0, crop=16)
     try:
         with processes(arguments.device) as everyone:
             return validate(arguments, everyone)
     except UnknownNameError as e:
-        return _complain(e, 2)
+        return complain(PROGRAM, e, USAGE)
     except (CheckpointError, DataError, ValueError, OSError) as e:
-        return _complain(e, 1)
+        return complain(PROGRAM, e, FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"validate.py: {message}", file=sys.stderr)
-    return code
+        return complain(PROGRAM, "interrupted", INTERRUPTED)
 
 
 def validate(arguments: argparse.Namespace, everyone: Processes) -> int:

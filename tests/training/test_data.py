@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from iabn_hub.processes import Processes
 from iabn_hub.training.data import (
     DataError,
     Location,
@@ -18,7 +19,6 @@ from iabn_hub.training.data import (
     open_split,
     val_loader,
 )
-from iabn_hub.training.processes import Processes
 from iabn_hub.training.recipe import recipe_from
 from iabn_hub.training.transforms import train_transform, val_transform
 

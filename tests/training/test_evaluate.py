@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from iabn_hub.processes import Processes
 from iabn_hub.training.data import Batch
 from iabn_hub.training.evaluate import Score, evaluate
-from iabn_hub.training.processes import Processes
 
 ALONE = Processes(torch.device("cpu"))
 CLASSES = 7

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from iabn_hub.processes import Processes
 from iabn_hub.training.data import Location, TrainLoader, open_split
 from iabn_hub.training.loop import Trainer
 from iabn_hub.training.network import build_network
-from iabn_hub.training.processes import Processes
 from iabn_hub.training.recipe import read_recipe
 from iabn_hub.training.snapshots import Snapshots
 from iabn_hub.training.transforms import Normalize, train_transform

@@ -1,4 +1,4 @@
-"""Who trains together: one process, or those that torchrun has started."""
+"""Who works together, and on what: one process, or those that torchrun has started, each with its device."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ class Processes:
                 dist.broadcast(buffer, src=0)
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: there is none, or it cannot be used.
+    """
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from e
+    return probe.device
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision in 'bf16' or 'fp16'; nothing with 'off'."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "off")
+
+
 @contextlib.contextmanager
 def processes(device: str | None = None) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did.
@@ -74,10 +94,7 @@ def processes(device: str | None = None) -> Iterator[Processes]:
         device = f"cuda:{local_rank}"
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device {device!r} cannot be used: train and validate on cpu or cuda")
-    try:
-        chosen = torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    chosen = usable_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # events and kernels use the current device
     if not together:
