@@ -22,7 +22,7 @@ from iabn_hub.processes import autocast, processes
 from iabn_hub.training.data import Location, TrainLoader, classes_of, open_split
 from iabn_hub.training.loop import Trainer
 from iabn_hub.training.network import build_network, build_optimizer
-from iabn_hub.training.recipe import read_recipe
+from iabn_hub.training.recipe import find_recipe, read_recipe
 from iabn_hub.training.snapshots import Snapshots
 from iabn_hub.training.transforms import Normalize, train_transform
 
@@ -67,8 +67,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    path = Path(arguments.recipe)
-    path = path if path.suffix == ".json" else Path(__file__).parent / "recipes" / f"{path}.json"
+    path = find_recipe(arguments.recipe, Path(__file__).parent / "recipes")
     source = open_split(Location(arguments.data), "train", True)
     classes = len(classes_of(source) or ())
     recipe = read_recipe(path, [*arguments.set, "training.accumulate=1", f"network.classes={classes}"])
@@ -81,7 +80,6 @@ def main() -> int:
             recipe, build_network(recipe).to(alone.device), loader, normalize, None, alone,
             Snapshots(Path(), 1), 1e9, lambda: False, print,
         )  # fmt: skip
-        trainer.last_save = time.monotonic()
         step = bare(recipe, alone.device)
 
         def seconds_of_tool():

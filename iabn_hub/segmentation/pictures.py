@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..checkpoints.export import write_atomically
 from .palette import Palette
 
 KINDS = ("palette", "raw", "prob", "overlay")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 STRENGTH = 0.55  # of the labels' colours in an overlay
 LEGEND = 24  # classes that a legend has room for
 
@@ -29,7 +29,7 @@ def find_images(what: str) -> list[tuple[Path, Path]]:
     path = Path(what).expanduser()
     if path.is_dir():
         files = [
-            (each, each.relative_to(path)) for each in sorted(path.rglob("*")) if each.suffix.lower() in EXTENSIONS
+            (each, each.relative_to(path)) for each in sorted(path.rglob("*")) if each.suffix.lower() in IMG_EXTENSIONS
         ]
     elif path.exists():
         files = [(path, Path(path.name))]

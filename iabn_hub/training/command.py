@@ -15,7 +15,7 @@ from ..commands import FAILED, INTERRUPTED, OK, USAGE, check_least, complain
 from ..processes import processes
 from .data import DataError, Location
 from .loop import DivergedError
-from .recipe import Recipe, RecipeError, read_recipe
+from .recipe import Recipe, RecipeError, find_recipe, read_recipe, recipe_names
 from .run import Options, train
 
 PROGRAM = "train.py"
@@ -102,7 +102,7 @@ def main(recipes: Path, argv: list[str] | None = None) -> int:
     p = parser(recipes)
     arguments = p.parse_args(argv)
     if arguments.recipe == "list":
-        print("\n".join(sorted(path.stem for path in recipes.glob("*.json"))))
+        print("\n".join(recipe_names(recipes)))
         return OK
     if not arguments.data and not arguments.dataset:
         p.error("name the folder of the images: RECIPE DATA")
@@ -123,12 +123,7 @@ def main(recipes: Path, argv: list[str] | None = None) -> int:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    path = Path(arguments.recipe)
-    if not path.is_file() and path.suffix != ".json":
-        path = arguments.recipes / f"{arguments.recipe}.json"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in arguments.recipes.glob("*.json")))
-        raise RecipeError(f"{arguments.recipe}: there is no such file or recipe; there are {names}")
+    path = find_recipe(arguments.recipe, arguments.recipes)
     changes = list(arguments.set)
     if arguments.model:
         arch, _, kind = arguments.model.rpartition("_")

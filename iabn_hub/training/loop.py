@@ -118,8 +118,8 @@ class Trainer:
         self.epoch = self.step = 0  # whole epochs and whole steps so far
         self.rows: list[Row] = []
         self.sums = dict.fromkeys(NUMBERS, 0.0)  # over the steps of this epoch
-        self.best = -1.0
         self.saved: Path | None = None
+        self.last_save = time.monotonic()
         self.readout = Readout(processes)
         self.stopped = False
 
@@ -138,7 +138,6 @@ class Trainer:
             "position": {"epoch": self.epoch, "step": self.step, "steps_per_epoch": self.loader.steps},
             "sums": dict(self.sums),
             "rows": [dict(row) for row in self.rows],
-            "best": self.best,
             "recipe": asdict(self.recipe),
             "classes": self.classes,
         }
@@ -156,7 +155,7 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
-        self.sums, self.rows, self.best = dict(state["sums"]), list(state["rows"]), state["best"]
+        self.sums, self.rows = dict(state["sums"]), list(state["rows"])
         self.saved = path
 
     def run(self, journal: Journal) -> None:
@@ -167,7 +166,6 @@ class Trainer:
             DataError, ValueError: the data is not what the recipe needs.
         """
         model = self._wrapped()
-        self.last_save = time.monotonic()
         while self.epoch < self.recipe.optimizer.schedule.epochs and not self.stopped:
             self.train_epoch(model, journal)
             if self.stopped:
@@ -290,11 +288,10 @@ class Trainer:
             "waited": 100 * self.clock.waited / seconds,
             "peak_memory": journal.peak_memory(),
         }
+        is_best = all(score.top1 > earlier["val_top1"] for earlier in self.rows)
         self.rows.append(row)
         self.epoch += 1
         self.sums = dict.fromkeys(NUMBERS, 0.0)
-        is_best = score.top1 > self.best
-        self.best = max(self.best, score.top1)
         journal.epochs(self.rows)
         journal.scalars({f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step"}}, self.step)
         journal.say(

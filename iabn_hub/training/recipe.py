@@ -143,6 +143,25 @@ _PARAMS: dict[str, dict[str, type]] = {
 }
 
 
+def find_recipe(name: str, folder: Path) -> Path:
+    """The JSON file of this name, or the recipe of this name in `folder`.
+
+    Raises:
+        RecipeError: there is none; the message lists the recipes.
+    """
+    path = Path(name)
+    if not path.is_file() and path.suffix != ".json":
+        path = folder / f"{name}.json"
+    if not path.is_file():
+        raise RecipeError(f"{name}: there is no such file or recipe; there are {', '.join(recipe_names(folder))}")
+    return path
+
+
+def recipe_names(folder: Path) -> list[str]:
+    """The names of the recipes in a folder."""
+    return sorted(path.stem for path in folder.glob("*.json"))
+
+
 def read_recipe(path: Path | str, changes: typing.Iterable[str] = ()) -> Recipe:
     """The recipe in a JSON file, with `changes` such as 'optimizer.learning_rate=0.05' made to it.
 

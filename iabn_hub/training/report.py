@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -47,10 +47,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def picture(image: Image.Image) -> str:
     """An <img> that holds its picture."""
-    return _embed(image, lambda file: image.save(file, "PNG"))
+    return _embed(lambda file: image.save(file, "PNG"))
 
 
-def _embed(_: Any, save: Any) -> str:
+def _embed(save: Callable[[io.BytesIO], None]) -> str:
     file = io.BytesIO()
     save(file)
     return f"<img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}' alt=''>"
@@ -78,7 +78,7 @@ def training_report(title: str, rows: Sequence[Mapping[str, float]], facts: Mapp
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()
-    curves = _embed(figure, lambda file: figure.savefig(file, format="png", dpi=110))
+    curves = _embed(lambda file: figure.savefig(file, format="png", dpi=110))
     columns = list(rows[-1]) if rows else []
     return page(
         title,

@@ -48,7 +48,6 @@ def test_two_steps(path, pictures, tmp_path):
         recipe, network, loader, Normalize(recipe.input, recipe.input.lighting_train), None, alone,
         Snapshots(tmp_path, 1), 1e9, lambda: False, lambda broken: None,
     )  # fmt: skip
-    trainer.last_save = math.inf
     journal = Numbers()
     trainer.train_epoch(network, journal)
     assert trainer.step == loader.steps == 2
