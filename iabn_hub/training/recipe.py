@@ -303,11 +303,16 @@ def _check(recipe: Recipe, path: str) -> None:
         "training.min_scale": (training.min_scale, 0.01, 1),
         "training.hflip": (training.hflip, 0, 1),
         "training.ema_decay": (training.ema_decay, 0, 1 - 1e-12),
-        "training.warmup_epochs": (training.warmup_epochs, 0, schedule.epochs - 1),
+        "training.warmup_epochs": (training.warmup_epochs, 0, 100_000),
         "training.warmup_factor": (training.warmup_factor, 0, 1),
         "training.accumulate": (training.accumulate, 1, optimizer.batch_size),
         "training.seed": (training.seed, 0, (1 << 32) - 1),
     }
+    if training.warmup_epochs >= schedule.epochs:
+        raise RecipeError(
+            f"{path}: training.warmup_epochs is {training.warmup_epochs}, and there are no more epochs than "
+            f"{schedule.epochs}: train longer, or warm up for less (--set training.warmup_epochs=0)"
+        )
     if len(images.mean) != 3 or len(images.std) != 3 or min(images.std) <= 0:
         raise RecipeError(f"{path}: input.mean and input.std are three numbers each, those of std above 0")
     for key, (value, low, high) in limits.items():
