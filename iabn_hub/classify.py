@@ -15,6 +15,7 @@ from .checkpoints.catalogue import Checkpoint, find
 from .checkpoints.errors import UnknownNameError
 from .images import open_rgb
 from .models import ARCHITECTURES, create_model
+from .segmentation.palette import VISTAS, vistas
 
 DEFAULT_MODEL = "test_resnet_iabn.mnist"
 SAMPLES = Path(__file__).parent / "data" / "samples"
@@ -74,6 +75,8 @@ def labels_of(record: Checkpoint | None, num_classes: int) -> Sequence[str]:
     """The class names of a checkpoint in the order of its logits; 'class 7' where nobody has named them."""
     if record and record.classes:
         return record.classes
+    if record and record.dataset == VISTAS:
+        return vistas().names
     if record and record.dataset == "imagenet-1k" and num_classes == 1000:
         info = timm.data.ImageNetInfo("imagenet-1k")
         return [info.index_to_description(i) for i in range(num_classes)]

@@ -19,11 +19,13 @@ from benchmark import machine
 from torch.nn import functional as F
 
 from iabn_hub.processes import autocast, processes
-from iabn_hub.training.data import Location, TrainLoader, classes_of, open_split
+from iabn_hub.training.data import TrainLoader
 from iabn_hub.training.loop import Trainer
 from iabn_hub.training.network import build_network, build_optimizer
 from iabn_hub.training.recipe import find_recipe, read_recipe
 from iabn_hub.training.snapshots import Snapshots
+from iabn_hub.training.splits import Location, classes_of, open_split
+from iabn_hub.training.tasks import task_of
 from iabn_hub.training.transforms import Normalize, train_transform
 
 
@@ -77,7 +79,7 @@ def main() -> int:
         loader.steps = min(loader.steps, arguments.steps)
         normalize = Normalize(recipe.input, recipe.input.lighting_train).to(alone.device)
         trainer = Trainer(
-            recipe, build_network(recipe).to(alone.device), loader, normalize, None, alone,
+            recipe, task_of(recipe), build_network(recipe).to(alone.device), loader, normalize, None, alone,
             Snapshots(Path(), 1), 1e9, lambda: False, print,
         )  # fmt: skip
         step = bare(recipe, alone.device)

@@ -17,17 +17,14 @@ from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from ..checkpoints.catalogue import find
 from ..checkpoints.errors import UnknownNameError
-from ..checkpoints.fit import count_classes
-from ..checkpoints.weights import read_weights
 from ..commands import FAILED, OK, USAGE, complain
 from ..images import ImageError, open_rgb
-from ..models import SEGMENTERS, create_model
 from ..processes import Processes, autocast, processes
+from ..training.sources import load_source
 from .fusion import FUSIONS
 from .palette import Palette, palette_of
-from .pictures import KINDS, draw, find_images, output_paths, save
+from .pictures import KINDS, draw, find_images, output_paths, resized, save
 from .predict import Views, predict
 
 PROGRAM = "segment"
@@ -49,20 +46,38 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     p.add_argument("input", metavar="IN", help="file, folder or 'pattern'")
     p.add_argument("out", metavar="OUT", type=Path, help="folder for the results; made if missing")
-    p.add_argument("--model", metavar="NAME[.TAG]", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
+    p.add_argument("--model", metavar="NAME[.TAG]", default=DEFAULT_MODEL,
+                   help=f"or a run of tools/train_segmentation.py (default: {DEFAULT_MODEL})")  # fmt: skip
     p.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
     p.add_argument("--output", dest="kinds", type=_words(KINDS), default=("palette",), metavar="KIND,…",
                    help=f"one or more of {', '.join(KINDS)} (default: palette)")  # fmt: skip
-    p.add_argument("--scales", type=_numbers, default=(1.0,), metavar="X,…", help="such as 0.7,1,1.2 (default: 1)")
-    p.add_argument("--flip", action="store_true", help="look at each mirrored as well")
-    p.add_argument("--fusion", choices=tuple(FUSIONS), default="mean", help="of scales and mirrors (default: mean)")
-    p.add_argument("--longest", type=int, default=LONGEST, metavar="PIXELS",
-                   help=f"longer side that the network is shown; 0: as it is (default: {LONGEST})")  # fmt: skip
-    p.add_argument("--tile", type=int, metavar="PIXELS", help="side of the largest piece (default: all at once)")
+    add_views(p, LONGEST)
     p.add_argument("--batch-size", type=int, default=1, help="photos of one size at once (default: 1)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
     p.add_argument("--overwrite", action="store_true", help="make outputs anew that are there already")
+
+
+def add_views(p: Any, longest: int | None) -> None:
+    """The arguments of `views_of`, and --longest; by default that is the network's where `longest` is None."""
+    default = longest or "the network's"
+    p.add_argument("--scales", type=_numbers, default=(1.0,), metavar="X,…", help="such as 0.7,1,1.2 (default: 1)")
+    p.add_argument("--flip", action="store_true", help="look at each mirrored as well")
+    p.add_argument("--fusion", choices=tuple(FUSIONS), default="mean", help="of scales and mirrors (default: mean)")
+    p.add_argument("--longest", type=int, default=longest, metavar="PIXELS",
+                   help=f"longer side that the network is shown; 0: as it is (default: {default})")  # fmt: skip
+    p.add_argument("--tile", type=int, metavar="PIXELS", help="side of the largest piece (default: all at once)")
+
+
+def views_of(arguments: argparse.Namespace) -> Views:
+    """How the arguments want images to be looked at.
+
+    Raises:
+        ValueError: they make no sense.
+    """
+    if arguments.longest is not None and arguments.longest < 0:
+        raise ValueError("--longest must be 0 or more")
+    return Views(arguments.scales, arguments.flip, arguments.fusion, arguments.tile)
 
 
 def _words(known: tuple[str, ...]) -> Any:
@@ -90,10 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         UnknownNameError, CheckpointError: the network cannot be had.
     """
     try:
-        views = Views(arguments.scales, arguments.flip, arguments.fusion, arguments.tile)
+        views = views_of(arguments)
         files = find_images(arguments.input)
-        if arguments.batch_size < 1 or arguments.longest < 0:
-            raise ValueError("--batch-size must be 1 or more, --longest 0 or more")
+        if arguments.batch_size < 1:
+            raise ValueError("--batch-size must be 1 or more")
         with processes(arguments.device) as everyone:
             return _segment(arguments, views, files, everyone)
     except (ValueError, FileNotFoundError) as e:
@@ -130,21 +145,15 @@ def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path
 
 
 def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module, Any, Palette]:
-    name, checkpoint = arguments.model, arguments.checkpoint
-    if checkpoint is not None and name in SEGMENTERS:  # a file of the caller's, with classes of its own
-        count = count_classes(read_weights(Path(checkpoint)))
-        classes = {} if count is None else {"num_classes": count}
-        dataset, names = "", None
-    else:
-        record = find(name)
-        if record.task != "segmentation":
-            raise UnknownNameError(f"{record.name} is for {record.task}, not for segmentation")
-        name, dataset, names, classes = record.name, record.dataset, record.classes, {}
-    network = create_model(name, pretrained=True, checkpoint=checkpoint, **classes).to(everyone.device).eval()
+    name, file = arguments.model, arguments.checkpoint
+    source = load_source(file, name.partition(".")[0]) if file is not None else load_source(name)
+    if source.task != "segmentation":
+        raise UnknownNameError(f"{source.text} is for {source.task}, not for segmentation")
+    network = source.model.to(everyone.device).eval()
     cfg = timm.data.resolve_model_data_config(network)
     normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg["mean"], cfg["std"])])
     num_classes: Any = network.num_classes
-    return network, normalize, palette_of(dataset, num_classes, names)
+    return network, normalize, palette_of(num_classes, source.classes)
 
 
 def _batches(
@@ -160,7 +169,7 @@ def _batches(
                 failed.append({"image": str(file), "error": str(e)})
                 complain(PROGRAM, e, FAILED)
                 continue
-            yield file, to, photo, _shown(photo, longest)
+            yield file, to, photo, resized(photo, longest)
 
     for _, group in groupby(opened(), key=lambda each: each[3].size):
         batch = []
@@ -171,14 +180,6 @@ def _batches(
                 batch = []
         if batch:
             yield batch
-
-
-def _shown(photo: Image.Image, longest: int) -> Image.Image:
-    if longest == 0 or max(photo.size) == longest:
-        return photo
-    scale = longest / max(photo.size)
-    width, height = (max(1, int(side * scale)) for side in photo.size)
-    return photo.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _shares(classes: np.ndarray, palette: Palette) -> dict[str, float]:

@@ -46,6 +46,15 @@ def find_images(what: str) -> list[tuple[Path, Path]]:
     return files
 
 
+def resized(photo: Image.Image, longest: int) -> Image.Image:
+    """The photo with its longer side `longest` pixels long; 0: as it is."""
+    if longest == 0 or max(photo.size) == longest:
+        return photo
+    scale = longest / max(photo.size)
+    width, height = (max(1, int(side * scale)) for side in photo.size)
+    return photo.resize((width, height), Image.Resampling.BILINEAR)
+
+
 def output_paths(folder: Path, below: Path, kinds: Sequence[str]) -> dict[str, Path]:
     """Where each kind of output of an image lies: FOLDER/below/name.KIND.png."""
     return {kind: folder / below.with_name(f"{below.stem}.{kind}.png") for kind in kinds}

@@ -1,4 +1,4 @@
-"""From folders, tar files, shards or a dataset's name to batches that depend on seed and position alone.
+"""From the images of a split to batches that depend on seed and position alone.
 
 Every image is varied with random numbers of its own, drawn from (seed, epoch, position). So neither the number of
 workers nor a restart in the middle of an epoch changes what the network sees.
@@ -9,54 +9,48 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm.data
 import torch
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.datasets import ImageFolder
 
 from ..images import ImageError, open_rgb
 from ..processes import Processes
+from .splits import DataError
 from .transforms import Transform
 
 MODEST = 19  # niceness of workers that share the cores with the network: they take what its threads leave idle
 SUBSTITUTES = 10  # images tried in a broken one's place
-Key = tuple[int, int, int]  # epoch, position in the epoch, index
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where images are: a folder with `train` and `val` in it, or what `timm.data.create_dataset` reads.
+class Key(NamedTuple):
+    """What is asked for: a place in an epoch, the image that stands there, and what it is there for.
 
-    `dataset` is a name of timm's: wds, hfds/NAME, hfids/NAME, tfds/NAME, torch/NAME; empty for folders of class folders
-    and for tar files, one a split or one a class. `samples` are the images of a stream whose shards do not say it.
+    `focus` is the class that a crop of a scene is drawn around, or −1.
     """
 
-    root: str
-    dataset: str = ""
-    train_split: str = "train"
-    val_split: str = "val"
-    train_samples: int | None = None
-    val_samples: int | None = None
-    download: bool = False
+    epoch: int
+    position: int
+    image: int
+    focus: int = -1
 
 
 class Sample(NamedTuple):
-    """One image, (3, H, W) or (10, 3, H, W) uint8, or None; its class and number; the broken files met on the way."""
+    """One image, (3, H, W) or (10, 3, H, W) uint8, or None; its class, or those of its pixels, (H, W) uint8; its
+    number; the broken files met on the way."""
 
     image: Tensor | None
-    label: int
+    label: int | Tensor
     number: int
     broken: tuple[str, ...]
 
 
 class Batch(NamedTuple):
-    """(N, 3, H, W) or (N, 10, 3, H, W) uint8; labels and indices (N,) int64; reasons of the files that were skipped."""
+    """(N, 3, H, W) or (N, 10, 3, H, W) uint8; labels (N,) int64, or (N, H, W) uint8; indices (N,) int64; reasons of the
+    files that were skipped."""
 
     images: Tensor
     labels: Tensor
@@ -64,81 +58,10 @@ class Batch(NamedTuple):
     broken: tuple[str, ...]
 
 
-class DataError(ValueError):
-    """The data is not as training or validation needs it; the message says where and how it should be."""
-
-
-def open_split(location: Location, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:
-    """The images of one split, as torchvision's or timm's dataset without a transform.
-
-    Raises:
-        DataError: nothing is there, or the package that reads it is missing.
-    """
-    root = Path(location.root)
-    try:
-        if not location.dataset:
-            return _open_folder(root, split)
-        samples = location.train_samples if training else location.val_samples
-        return timm.data.create_dataset(
-            location.dataset if "/" in location.dataset else f"{location.dataset}/",
-            root=location.root or None,
-            split=split,
-            is_training=training,
-            batch_size=batch_size,
-            num_samples=samples,
-            seed=seed,
-            download=location.download,
-        )
-    except DataError:
-        raise
-    except Exception as e:  # whatever the packages behind these names raise
-        what = f"{location.dataset} {location.root}".strip()
-        raise DataError(f"{what}: split {split!r} cannot be opened: {str(e).strip() or type(e).__name__}") from e
-
-
-def _open_folder(root: Path, split: str) -> Any:
-    folder, tar = root / split, root / f"{split}.tar"
-    if tar.is_file() or (folder.is_dir() and any(folder.glob("*.tar"))):
-        place = tar if tar.is_file() else folder
-        # timm would keep a pickle beside a large tar, and open files that forked workers share with their positions.
-        reader = ReaderImageInTar(str(place), cache_tarfiles=False, cache_tarinfo=False)
-        return timm.data.ImageDataset(str(place), reader=reader)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*")
-    # Not timm's reader: its order of the classes is another one, and leaves of the same name become one class.
-    return ImageFolder(str(folder))
-
-
-def classes_of(dataset: Any) -> tuple[str, ...] | None:
-    """The names of its classes in the order of the labels; None where it does not know them."""
-    reader = getattr(dataset, "reader", dataset)
-    numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    return tuple(sorted(numbers, key=lambda name: int(numbers[name]))) if numbers else None
-
-
-def check_alike(location: Location, train: Any, val: Any) -> None:
-    """Refuse two splits with different classes.
-
-    Raises:
-        DataError: names the classes that one of them lacks.
-    """
-    ours, theirs = classes_of(train), classes_of(val)
-    if ours and theirs and ours != theirs:
-        lacks = [
-            f"{split} has no {', '.join(missing[:5])}"
-            for split, missing in (
-                (location.val_split, sorted(set(ours) - set(theirs))),
-                (location.train_split, sorted(set(theirs) - set(ours))),
-            )
-            if missing
-        ]
-        raise DataError(f"{location.root}: the splits have different classes: {'; '.join(lacks)}")
-
-
 class Samples(Dataset[Sample]):
-    """The images of a dataset that can be read in any order. A key is (epoch, position, index)."""
+    """The images of a dataset that can be read in any order."""
 
-    def __init__(self, source: Any, transform: Transform, seed: int, training: bool) -> None:
+    def __init__(self, source: Any, transform: Any, seed: int, training: bool) -> None:
         self.source, self.transform, self.seed, self.training = source, transform, seed, training
 
     def __len__(self) -> int:
@@ -146,7 +69,7 @@ class Samples(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         """The image, or in training the next one that can be read, of so many; else none."""
-        epoch, position, index = key
+        epoch, position, index, focus = key
         broken: list[str] = []
         for attempt in range(SUBSTITUTES if self.training else 1):
             at = (index + attempt) % len(self.source)
@@ -156,10 +79,17 @@ class Samples(Dataset[Sample]):
                 broken.append(str(e))
                 continue
             with _random_numbers(self.seed, epoch, position):
-                return Sample(self.transform(image), label, at, tuple(broken))
+                return Sample(*self._vary(image, label, focus), at, tuple(broken))
         return Sample(None, 0, index, tuple(broken))
 
-    def _read(self, index: int) -> tuple[Any, int]:
+    def _vary(self, image: Any, label: Any, focus: int) -> tuple[Tensor, int | Tensor]:
+        return self.transform(image), label
+
+    def order(self, generator: torch.Generator) -> list[tuple[int, int]]:
+        """Index and focus of the images of an epoch."""
+        return [(index, -1) for index in torch.randperm(len(self.source), generator=generator).tolist()]
+
+    def _read(self, index: int) -> tuple[Any, Any]:
         if isinstance(self.source, ImageFolder):
             path, label = self.source.samples[index]
             return open_rgb(path), label
@@ -238,15 +168,17 @@ class TrainBatches(Sampler[list[Key]]):
     passes.
 
     Args:
+        samples: give the order of the images.
         batch_size: images a step, over all processes and passes.
         passes: micro-batches a step.
         repeats: how often an image comes in a row, in batches of as many images as ever (Hoffer et al., 2020).
     """
 
     def __init__(
-        self, images: int, batch_size: int, passes: int, repeats: int, seed: int, processes: Processes
+        self, samples: Samples, batch_size: int, passes: int, repeats: int, seed: int, processes: Processes
     ) -> None:
-        self.images, self.batch_size, self.passes, self.repeats = images, batch_size, passes, repeats
+        self.samples, self.batch_size, self.passes, self.repeats = samples, batch_size, passes, repeats
+        self.images = len(samples)
         self.seed, self.rank, self.count = seed, processes.rank, processes.count
         self.epoch = self.first_step = 0
 
@@ -255,12 +187,12 @@ class TrainBatches(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.images, generator=generator).repeat_interleave(self.repeats).tolist()
+        order = [each for each in self.samples.order(generator) for _ in range(self.repeats)]
         micro = self.batch_size // self.passes
         for first in range(self.first_step * self.batch_size, self.images - self.batch_size + 1, self.batch_size):
             for start in range(first, first + self.batch_size, micro):
                 mine = range(start + self.rank, start + micro, self.count)
-                yield [(self.epoch, position, order[position]) for position in mine]
+                yield [Key(self.epoch, position, *order[position]) for position in mine]
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -268,7 +200,7 @@ def collate(samples: list[Sample]) -> Batch:
     there = [sample for sample in samples if sample.image is not None]
     return Batch(
         torch.stack([s.image for s in there if s.image is not None]) if there else torch.empty(0, 3, 1, 1),
-        torch.tensor([s.label for s in there], dtype=torch.long),
+        torch.stack([torch.as_tensor(s.label) for s in there]) if there else torch.empty(0, dtype=torch.long),
         torch.tensor([s.number for s in there], dtype=torch.long),
         tuple(reason for sample in samples for reason in sample.broken),
     )
@@ -298,6 +230,9 @@ def _start_modest_worker(number: int) -> None:
 class TrainLoader:
     """The training batches of any epoch, from any step on.
 
+    Args:
+        samples: what makes samples of the source, where that is not a stream.
+
     Raises:
         DataError: fewer images than one batch.
     """
@@ -305,13 +240,14 @@ class TrainLoader:
     def __init__(
         self,
         source: Any,
-        transform: Transform,
+        transform: Any,
         batch_size: int,
         passes: int,
         repeats: int,
         seed: int,
         workers: int,
         processes: Processes,
+        samples: type[Samples] = Samples,
     ) -> None:
         images = len(source)
         self.steps = images // batch_size
@@ -330,9 +266,10 @@ class TrainLoader:
             source.set_loader_cfg(workers)  # type: ignore[attr-defined]
             self.loader = DataLoader(self.stream, self.micro, drop_last=True, generator=self.order, **options)
             return
-        self.batches = TrainBatches(images, batch_size, passes, repeats, seed, processes)
+        those = samples(source, transform, seed, True)
+        self.batches = TrainBatches(those, batch_size, passes, repeats, seed, processes)
         self.loader = DataLoader(
-            Samples(source, transform, seed, True),
+            those,
             batch_sampler=self.batches,
             generator=self.order,
             persistent_workers=workers > 0,
@@ -367,12 +304,19 @@ class TrainLoader:
         )
 
 
-def val_loader(source: Any, transform: Transform, batch_size: int, workers: int, processes: Processes) -> Any:
+def val_loader(
+    source: Any,
+    transform: Any,
+    batch_size: int,
+    workers: int,
+    processes: Processes,
+    samples: type[Samples] = Samples,
+) -> Any:
     """A loader of this process's share of the images, each of them exactly once over all processes."""
     options = {**_loader_options(workers, processes), "generator": torch.Generator()}
     if isinstance(source, IterableDataset):
         source.set_loader_cfg(workers)  # type: ignore[attr-defined]
         return DataLoader(Stream(source, transform, 0, False, processes), batch_size, **options)
-    mine = [(0, i, i) for i in range(processes.rank, len(source), processes.count)]
-    samples = Samples(source, transform, 0, False)
-    return DataLoader(samples, batch_size, sampler=mine, persistent_workers=workers > 0, **options)
+    mine = [Key(0, i, i) for i in range(processes.rank, len(source), processes.count)]
+    those = samples(source, transform, 0, False)
+    return DataLoader(those, batch_size, sampler=mine, persistent_workers=workers > 0, **options)

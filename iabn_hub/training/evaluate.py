@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,6 +59,18 @@ class Score:
     def loss(self) -> float:
         """Mean cross-entropy of an image."""
         return self.total_loss / max(self.images, 1)
+
+    def figures(self) -> dict[str, float]:
+        """The figures by name: percentages, and the loss."""
+        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+
+    def details(self) -> dict[str, Any]:
+        """Nothing more than the figures, for the file of a run."""
+        return {}
+
+    def shown(self) -> Sequence[np.ndarray]:
+        """No pictures."""
+        return ()
 
     def add(self, other: Score) -> None:
         """Take in the counts of another share of the images."""

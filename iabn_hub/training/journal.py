@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -80,6 +81,12 @@ class Journal:
         if self.first:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def pictures(self, pictures: Sequence[np.ndarray], step: int) -> None:
+        """Pictures for TensorBoard, (H, W, 3) uint8."""
+        if self.first:
+            for number, picture in enumerate(pictures):
+                self.board.add_image(f"validation/{number}", picture, step, dataformats="HWC")
 
     def epochs(self, rows: Sequence[Row]) -> None:
         """Write the table of all epochs so far."""

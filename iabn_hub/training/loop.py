@@ -20,18 +20,16 @@ import torch
 from timm.data.mixup import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..processes import Processes, autocast
 from .data import Batch, TrainLoader
-from .evaluate import Score, check_labels
 from .journal import Clock, Journal, Row
 from .network import LearningRate, build_optimizer
 from .recipe import Recipe
 from .snapshots import Snapshots
+from .tasks import Outcome, Task, spell
 
-NUMBERS = ("loss", "right", "right_of_five", "images", "stop")  # of a step, summed over its images and the processes
 BOARD_EVERY = 50  # steps from one point of TensorBoard's curves to the next
 
 
@@ -47,7 +45,7 @@ class Readout:
         self.waiting: tuple[Tensor, Any] | None = None
 
     def push(self, numbers: Tensor) -> list[float] | None:
-        """Take this step's numbers, (len(NUMBERS),); gives the sums over all processes of the step before."""
+        """Take this step's numbers, a vector; gives the sums over all processes of the step before."""
         self.processes.add(numbers)
         before = self.flush()
         if numbers.is_cuda:
@@ -84,17 +82,18 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
+        task: Task,
         network: nn.Module,
         loader: TrainLoader,
         normalize: nn.Module,
-        validate: Callable[[nn.Module], Score],
+        validate: Callable[[nn.Module], Outcome],
         processes: Processes,
         snapshots: Snapshots,
         minutes: float,
         stop: Callable[[], bool],
         on_broken: Callable[[tuple[str, ...]], None],
     ) -> None:
-        self.recipe, self.network, self.loader, self.normalize = recipe, network, loader, normalize
+        self.recipe, self.task, self.network, self.loader, self.normalize = recipe, task, network, loader, normalize
         self.validate, self.processes, self.snapshots, self.minutes = validate, processes, snapshots, minutes
         self.stop, self.on_broken = stop, on_broken
         training = recipe.training
@@ -117,7 +116,9 @@ class Trainer:
         self.classes: tuple[str, ...] | None = None  # their names, for the snapshots
         self.epoch = self.step = 0  # whole epochs and whole steps so far
         self.rows: list[Row] = []
-        self.sums = dict.fromkeys(NUMBERS, 0.0)  # over the steps of this epoch
+        self.numbers = ("loss", *task.counts, "images", "stop")  # of a step, summed over its images and the processes
+        self.sums = dict.fromkeys(self.numbers, 0.0)  # over the steps of this epoch
+        self.score: Outcome | None = None  # of the last epoch
         self.saved: Path | None = None
         self.last_save = time.monotonic()
         self.readout = Readout(processes)
@@ -200,16 +201,16 @@ class Trainer:
         self._read(self.readout.flush(), self.step, journal)
 
     def _step(self, model: Any, batches: Any) -> Tensor:
-        """Forward and backward of every micro-batch, and one update; returns this process's NUMBERS."""
+        """Forward and backward of every micro-batch, and one update; returns this process's `numbers`."""
         training, device = self.recipe.training, self.processes.device
         _seed(training.seed, self.step, self.processes.rank)
         self.rate.set(self.optimizer, self.step)
-        numbers = torch.zeros(len(NUMBERS), dtype=torch.float64, device=device)
+        numbers = torch.zeros(len(self.numbers), dtype=torch.float64, device=device)
         for micro in range(training.accumulate):
             batch: Batch = self.clock.next(batches)
             if batch.broken:
                 self.on_broken(batch.broken)
-            check_labels(batch.labels, self.recipe.network.classes)
+            self.task.check(batch.labels, self.recipe.network.classes)
             images = self.normalize(batch.images.to(device, non_blocking=True))
             labels = targets = batch.labels.to(device, non_blocking=True)
             if training.channels_last:
@@ -223,9 +224,12 @@ class Trainer:
             with model.no_sync() if kept_back else contextlib.nullcontext():
                 with autocast(device, training.amp):
                     logits = model(images)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                loss = self.task.loss(logits.float(), targets, smoothing)
                 self.scaler.scale(loss / training.accumulate).backward()
-            _count(numbers, loss, logits, labels)
+            with torch.no_grad():
+                counts = [loss * len(labels), *self.task.count(logits.float(), labels)]
+                numbers[:-2] += torch.stack([count.double() for count in counts])
+            numbers[-2] += len(labels)
         clip = self.recipe.optimizer.clip
         if clip > 0:
             self.scaler.unscale_(self.optimizer)
@@ -242,7 +246,7 @@ class Trainer:
         """What the numbers of step `step` (counted from 1) say, now that they are there."""
         if values is None:
             return
-        numbers = dict(zip(NUMBERS, values))
+        numbers = dict(zip(self.numbers, values))
         if not math.isfinite(numbers["loss"]):
             raise self._diverged(f"the loss is {numbers['loss']} at step {step:,}")
         self.stopped = self.stopped or numbers["stop"] > 0
@@ -254,8 +258,7 @@ class Trainer:
             journal.scalars(
                 {
                     "train/loss": loss,
-                    "train/top1": 100 * numbers["right"] / numbers["images"],
-                    "train/top5": 100 * numbers["right_of_five"] / numbers["images"],
+                    **{f"train/{name}": value for name, value in self.task.trained(numbers).items()},
                     "train/learning_rate": self.optimizer.param_groups[0]["lr"],
                 },
                 step,
@@ -272,31 +275,31 @@ class Trainer:
         seconds = self.clock.seconds()
         rate = self.rate.set(self.optimizer, self.step - 1)
         self.processes.share_buffers(self.judged)
-        score = self.validate(self.judged)
-        sums, images = self.sums, max(self.sums["images"], 1)
+        self.score = score = self.validate(self.judged)
+        figures = score.figures()
+        sums = self.sums
         row: Row = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "learning_rate": rate,
-            "loss": sums["loss"] / images,
-            "top1": 100 * sums["right"] / images,
-            "top5": 100 * sums["right_of_five"] / images,
-            "val_loss": score.loss,
-            "val_top1": score.top1,
-            "val_top5": score.top5,
+            "loss": sums["loss"] / max(sums["images"], 1),
+            **self.task.trained(sums),
+            **{f"val_{name}": value for name, value in figures.items()},
             "images_per_second": (sums["images"] - self.images_before) / seconds,
             "waited": 100 * self.clock.waited / seconds,
             "peak_memory": journal.peak_memory(),
         }
-        is_best = all(score.top1 > earlier["val_top1"] for earlier in self.rows)
+        judged = f"val_{self.task.judged[0]}"
+        is_best = all(row[judged] > earlier[judged] for earlier in self.rows)
         self.rows.append(row)
         self.epoch += 1
-        self.sums = dict.fromkeys(NUMBERS, 0.0)
+        self.sums = dict.fromkeys(self.numbers, 0.0)
         journal.epochs(self.rows)
         journal.scalars({f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step"}}, self.step)
+        journal.pictures(score.shown(), self.step)
         journal.say(
             f"epoch {self.epoch}/{self.recipe.optimizer.schedule.epochs}  loss {row['loss']:.4f}  "
-            f"top-1 {score.top1:.2f} %  top-5 {score.top5:.2f} %  {row['images_per_second']:.0f} images/s, "
+            f"{spell(figures, self.task.judged)}  {row['images_per_second']:.0f} images/s, "
             f"{row['waited']:.1f} % of the time waiting for them"
         )
         self.saved = self._save(journal, is_best)
@@ -310,15 +313,6 @@ class Trainer:
         if not all(value.isfinite().all() for value in values):  # the loss would tell a step later
             raise self._diverged(f"the weights are no longer finite after step {self.step:,}")
         return self.snapshots.save(self.state(), self.step, best)
-
-
-def _count(numbers: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    with torch.no_grad():
-        hits = logits.topk(min(5, logits.size(1))).indices == labels[:, None]
-        numbers[0] += loss * len(labels)
-        numbers[1] += hits[:, 0].sum()
-        numbers[2] += hits.sum()
-        numbers[3] += len(labels)
 
 
 def _seed(seed: int, step: int, rank: int) -> None:

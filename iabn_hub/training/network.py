@@ -117,6 +117,8 @@ class LearningRate:
             warm = training.warmup_epochs * unit
             part = max(at - warm, 0) / (self.schedule.epochs * unit - warm)
             factor = (1 + math.cos(math.pi * part)) / 2
+        elif kind == "poly":
+            factor = max(1 - at / (self.schedule.epochs * unit), 0.0) ** params.get("power", 0.9)
         warm_steps = training.warmup_epochs * self.steps_per_epoch
         if step < warm_steps:
             factor *= training.warmup_factor + (1 - training.warmup_factor) * step / warm_steps

@@ -1,7 +1,8 @@
 """Recipes: how a published network was trained, as a JSON file that is checked before anything is loaded.
 
 The sections `network`, `optimizer` (with `schedule`) and `input` have the layout of the configuration files of the
-package inplace_abn, so that those are accepted as they are; what is new stands in the optional section `training`.
+package inplace_abn, so that those are accepted as they are; what is new stands in the optional sections `training` and
+`segmentation`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.catalogue import suggest
-from ..models import ARCHITECTURES
+from ..models import MODELS, SEGMENTERS
 
+MOST_CLASSES = 254  # of a segmentation network: labels are bytes, and two of their values mean no class
 NORM_LAYERS = {"standard": "abn", "inplace": "iabn", "sync": "iabn_sync"}
 
 
@@ -45,7 +47,7 @@ class NetworkSection:
 class ScheduleSection:
     """The learning rate's factor; `mode` says whether it changes with each epoch or each step."""
 
-    type: Literal["constant", "step", "multistep", "exponential", "linear", "cosine"] = "constant"
+    type: Literal["constant", "step", "multistep", "exponential", "linear", "cosine", "poly"] = "constant"
     mode: Literal["epoch", "step"] = "epoch"
     epochs: int = 10
     params: dict[str, Any] = field(default_factory=dict)
@@ -105,17 +107,34 @@ class TrainingSection:
 
 
 @dataclass(frozen=True)
+class SegmentationSection:
+    """Crops of scenes, of which `input.crop_train` is the side, and whole scenes for validation."""
+
+    min_scale: float = 0.7  # of a scene's sides before the crop, drawn anew each time; after `input.scale_train`
+    max_scale: float = 2.0
+    uniform: float = 0.5  # part of the crops that are drawn by class, each class as often as any other
+    ignore: int = 255  # number in the label files of what is nothing
+    longest_val: int = 2048  # longer side that the network is shown in validation, in pixels; 0: as it is
+
+
+@dataclass(frozen=True)
 class Recipe:
     network: NetworkSection = field(default_factory=NetworkSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     input: InputSection = field(default_factory=InputSection)
     training: TrainingSection = field(default_factory=TrainingSection)
+    segmentation: SegmentationSection = field(default_factory=SegmentationSection)
+
+    @property
+    def task(self) -> str:
+        """'classification' or 'segmentation', which the architecture decides."""
+        return "segmentation" if self.model in SEGMENTERS else "classification"
 
     @property
     def model(self) -> str:
         """The registered name of the network: its architecture with the norms of `norm_layer`."""
         standard = f"{self.network.arch}_abn"
-        return standard if self.norm_layer == "abn" and standard in ARCHITECTURES else f"{self.network.arch}_iabn"
+        return standard if self.norm_layer == "abn" and standard in MODELS else f"{self.network.arch}_iabn"
 
     @property
     def norm_layer(self) -> str:
@@ -140,6 +159,7 @@ _PARAMS: dict[str, dict[str, type]] = {
     "exponential": {"gamma": float},  # gamma^epoch
     "linear": {"alpha": float, "beta": float},  # alpha·epoch + beta
     "cosine": {},  # (1 + cos(π·epoch/epochs))/2
+    "poly": {"power": float},  # (1 − epoch/epochs)^power
 }
 
 
@@ -252,13 +272,13 @@ def _value(hint: Any, value: Any, path: str, key: str) -> Any:
 def _check(recipe: Recipe, path: str) -> None:
     """Refuse what is of the right type and cannot work."""
     network, optimizer, images = recipe.network, recipe.optimizer, recipe.input
-    if recipe.model not in ARCHITECTURES:
-        known = sorted({name.rpartition("_")[0] for name in ARCHITECTURES})
+    if recipe.model not in MODELS:
+        known = sorted({name.rpartition("_")[0] for name in MODELS})
         raise RecipeError(
             f"{path}: network.arch is {network.arch!r}, and there is no such network" + suggest(network.arch, known)
         )
     if network.dilation != 1:
-        raise RecipeError(f"{path}: network.dilation is {network.dilation}: classifiers are trained with 1 alone")
+        raise RecipeError(f"{path}: network.dilation is {network.dilation}: networks are trained with 1 alone")
     if network.input_3x3 and not recipe.has_stem:
         raise RecipeError(f"{path}: network.input_3x3: {network.arch} has no other stem than its own")
     if network.activation == "relu" and network.bn_mode != "standard":
@@ -279,12 +299,14 @@ def _check(recipe: Recipe, path: str) -> None:
         if key == "milestones":
             for each in value:
                 _value(int, each, path, f"each of {name}")
+        if key == "power" and value <= 0:
+            raise RecipeError(f"{path}: {name} is {value}; it must be above 0")
         if key == "step_size" and value < 1:
             raise RecipeError(f"{path}: {name} is {value}; it must be 1 or more")
-    missing = [key for key in allowed if key not in schedule.params and key != "gamma"]
+    missing = [key for key in allowed if key not in schedule.params and key not in ("gamma", "power")]
     if missing:
         raise RecipeError(f"{path}: a schedule of type {schedule.type} needs optimizer.schedule.params.{missing[0]}")
-    training = recipe.training
+    training, scenes = recipe.training, recipe.segmentation
     limits = {
         "optimizer.batch_size": (optimizer.batch_size, 2, 1 << 24),
         "optimizer.learning_rate": (optimizer.learning_rate, 1e-9, 1e3),
@@ -307,7 +329,16 @@ def _check(recipe: Recipe, path: str) -> None:
         "training.warmup_factor": (training.warmup_factor, 0, 1),
         "training.accumulate": (training.accumulate, 1, optimizer.batch_size),
         "training.seed": (training.seed, 0, (1 << 32) - 1),
+        "segmentation.min_scale": (scenes.min_scale, 0.01, scenes.max_scale),
+        "segmentation.max_scale": (scenes.max_scale, 0.01, 100),
+        "segmentation.uniform": (scenes.uniform, 0, 1),
+        "segmentation.ignore": (scenes.ignore, 0, 255),
+        "segmentation.longest_val": (scenes.longest_val, 0, 1 << 16),
     }
+    if recipe.task == "segmentation":
+        _check_segmentation(recipe, path)
+    elif scenes != SegmentationSection():
+        raise RecipeError(f"{path}: the section segmentation: {network.arch} is a classifier")
     if training.warmup_epochs >= schedule.epochs:
         raise RecipeError(
             f"{path}: training.warmup_epochs is {training.warmup_epochs}, and there are no more epochs than "
@@ -324,3 +355,17 @@ def _check(recipe: Recipe, path: str) -> None:
     ):
         if 0 < size < crop:
             raise RecipeError(f"{path}: input.scale_{key} is {size}, less than input.crop_{key}, which is {crop}")
+
+
+# What varies whole images with one label each.
+OF_CLASSIFIERS = ("mixup", "cutmix", "augment", "erase", "repeats", "min_scale")
+
+
+def _check_segmentation(recipe: Recipe, path: str) -> None:
+    for name in OF_CLASSIFIERS:
+        value = getattr(recipe.training, name)
+        if value != getattr(TrainingSection, name):
+            instead = "; set segmentation.min_scale" if name == "min_scale" else ""
+            raise RecipeError(f"{path}: training.{name} is {value}: that is for classifiers{instead}")
+    if recipe.network.classes > MOST_CLASSES:
+        raise RecipeError(f"{path}: network.classes is {recipe.network.classes}; it must be 1 to {MOST_CLASSES}")

@@ -56,10 +56,12 @@ def _embed(save: Callable[[io.BytesIO], None]) -> str:
     return f"<img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}' alt=''>"
 
 
-CURVES = (
+CURVES = (  # those that a run has
     ("loss", ("loss", "val_loss")),
     ("top-1, %", ("top1", "val_top1")),
     ("top-5, %", ("top5", "val_top5")),
+    ("mIoU, %", ("val_miou",)),
+    ("pixels right, %", ("accuracy", "val_accuracy")),
     ("learning rate", ("learning_rate",)),
     ("images a second", ("images_per_second",)),
     ("waiting for images, %", ("waited",)),
@@ -70,7 +72,9 @@ def training_report(title: str, rows: Sequence[Mapping[str, float]], facts: Mapp
     """The curves of a run over its epochs, its facts, and its last rows."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     epochs = [row["epoch"] for row in rows]
-    for axes, (name, keys) in zip(figure.subplots(2, 3).flat, CURVES):
+    columns = list(rows[-1]) if rows else []
+    curves = [(name, [key for key in keys if key in columns]) for name, keys in CURVES]
+    for axes, (name, keys) in zip(figure.subplots(2, 3).flat, [curve for curve in curves if curve[1]]):
         for key in keys:
             axes.plot(epochs, [row[key] for row in rows], marker="." if len(rows) < 40 else "", label=key)
         axes.set_title(name, loc="left")
@@ -78,12 +82,10 @@ def training_report(title: str, rows: Sequence[Mapping[str, float]], facts: Mapp
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend()
-    curves = _embed(lambda file: figure.savefig(file, format="png", dpi=110))
-    columns = list(rows[-1]) if rows else []
     return page(
         title,
         table(("", ""), facts.items()),
-        curves,
+        _embed(lambda file: figure.savefig(file, format="png", dpi=110)),
         "<h2>The last epochs</h2>",
         table(columns, ([row[key] for key in columns] for row in rows[-20:])),
     )

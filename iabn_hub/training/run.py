@@ -16,18 +16,19 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..checkpoints.errors import CheckpointError
 from ..checkpoints.export import save_safetensors, write_atomically
 from ..models.transfer import transfer
 from ..processes import Processes
-from .data import DataError, Location, TrainLoader, check_alike, classes_of, open_split, val_loader
-from .evaluate import Score, evaluate
 from .journal import Journal
 from .loop import Trainer
 from .network import build_network, options_of
 from .recipe import Recipe, RecipeError
 from .snapshots import Snapshots, read_snapshot
-from .sources import load_source
-from .transforms import Normalize, train_transform, val_transform
+from .sources import Source, load_source
+from .splits import DataError, Location
+from .tasks import TITLES, Outcome, micro_batch, spell, task_of
+from .transforms import Normalize
 
 
 @dataclass(frozen=True)
@@ -75,39 +76,31 @@ def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[
     _check_batches(recipe, everyone.count)
     snapshots = Snapshots(options.out / "snapshots", options.keep)
     found = _start(options, snapshots, everyone)
-    micro = recipe.optimizer.batch_size // training.accumulate // everyone.count
-    source = open_split(where, where.train_split, True, micro, training.seed)
-    held_out = open_split(where, where.val_split)
-    check_alike(where, source, held_out)
-    classes = classes_of(source)
+    task = task_of(recipe)
+    source, held_out, classes = task.open(recipe, where, micro_batch(recipe, everyone))
     listed = recipe.network.classes
     if classes and len(classes) != listed:
         recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, classes=len(classes)))
-    loader = TrainLoader(
-        source, train_transform(recipe), recipe.optimizer.batch_size, training.accumulate, training.repeats,
-        training.seed, options.workers, everyone,
-    )  # fmt: skip
-    images = recipe.input
-    val = val_loader(held_out, val_transform(images.scale_val, images.crop_val), micro, options.workers, everyone)
-    normalize = Normalize(images, images.lighting_train).to(everyone.device)
+    loader, val = task.loaders(recipe, source, held_out, options.out, options.workers, everyone)
+    normalize = Normalize(recipe.input, recipe.input.lighting_train).to(everyone.device)
 
     notes: list[str] = []
     torch.manual_seed(training.seed)
     network = build_network(recipe)
     if options.pretrained is not None and not found:
         begin = load_source(options.pretrained or recipe.model, recipe.model)
-        notes = [f"begins with the weights of {begin.text}", *transfer(begin.model, network)]
+        notes = _begin_with(begin, recipe, network)
     network = network.to(everyone.device)
     broken = _Broken(options.max_broken, everyone)
 
-    def validate(network: nn.Module) -> Score:
-        score = evaluate(
-            network, val, normalize, everyone, amp=training.amp, channels_last=training.channels_last, text="validation"
-        )
+    def validate(network: nn.Module) -> Outcome:
+        score = task.evaluate(network, val, normalize, everyone)
         broken.share(score.broken)
         return score
 
-    trainer = Trainer(recipe, network, loader, normalize, validate, everyone, snapshots, options.minutes, stop, broken)
+    trainer = Trainer(
+        recipe, task, network, loader, normalize, validate, everyone, snapshots, options.minutes, stop, broken
+    )
     trainer.classes = classes
     if found:
         path, state = found
@@ -147,6 +140,17 @@ def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[
         return True
     finally:
         journal.close()
+
+
+def _begin_with(begin: Source, recipe: Recipe, network: nn.Module) -> list[str]:
+    """Take weights over; a classifier's go into the body of a segmentation network. Returns what there is to say."""
+    if begin.task == recipe.task:
+        return [f"begins with the weights of {begin.text}", *transfer(begin.model, network)]
+    if recipe.task == "classification":
+        raise CheckpointError(f"{begin.text} is for segmentation, {recipe.model} a classifier")
+    body: Any = network.body
+    said = transfer(begin.model, body)
+    return [f"the body begins with the weights of {begin.text}", *(s for s in said if "classifier" not in s)]
 
 
 def _check_batches(recipe: Recipe, count: int) -> None:
@@ -261,20 +265,23 @@ def _finish(recipe: Recipe, out: Path, trainer: Trainer, classes: Any, journal: 
     weights = out / "model.safetensors"
     save_safetensors(state, weights, {"arch": recipe.model, "iabn_hub": __version__})
     write_atomically(out / "config.json", (json.dumps(_config(recipe, classes), indent=2) + "\n").encode())
-    result = {name: last[f"val_{name}"] for name in ("top1", "top5", "loss")}
+    judged, score = trainer.task.judged, trainer.score
+    result = {name[4:]: value for name, value in last.items() if name.startswith("val_")}
+    if score is not None:
+        result |= score.details()
     rows = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in trainer.rows]
-    best = max(trainer.rows, key=lambda row: row["val_top1"])
+    best = max(trainer.rows, key=lambda row: row[f"val_{judged[0]}"])
     report = {"model": recipe.model, "classes": classes, "result": result, "seconds": round(seconds, 1),
-              "best": {"epoch": best["epoch"], "top1": best["val_top1"]}, "epochs": rows}  # fmt: skip
+              "best": {"epoch": best["epoch"], judged[0]: best[f"val_{judged[0]}"]}, "epochs": rows}  # fmt: skip
     write_atomically(out / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
     facts = {
-        "top-1": f"{last['val_top1']:.2f} %", "top-5": f"{last['val_top5']:.2f} %",
-        "best epoch": f"{best['epoch']}, {best['val_top1']:.2f} %", "images": f"{trainer.loader.images:,}",
+        **{TITLES[name]: f"{last[f'val_{name}']:.2f} %" for name in judged},
+        "best epoch": f"{best['epoch']}, {best[f'val_{judged[0]}']:.2f} %", "images": f"{trainer.loader.images:,}",
         "normalisation": recipe.norm_layer, "device": str(trainer.processes.device),
         "processes": trainer.processes.count, "time": f"{seconds / 60:.1f} minutes, of the last start",
     }  # fmt: skip
     journal.report(recipe.model, trainer.rows, facts)
-    journal.say(f"{weights}  {weights.stat().st_size:,} bytes  top-1 {last['val_top1']:.2f} %  {out / 'report.html'}")
+    journal.say(f"{weights}  {weights.stat().st_size:,} bytes  {spell(result, judged[:1])}  {out / 'report.html'}")
 
 
 def _config(recipe: Recipe, classes: tuple[str, ...] | None) -> dict[str, Any]:
@@ -283,20 +290,22 @@ def _config(recipe: Recipe, classes: tuple[str, ...] | None) -> dict[str, Any]:
     classes_count = options.pop("num_classes")
     if options["norm_layer"] == "iabn_sync":
         options["norm_layer"] = "iabn"  # it is the same once it is trained
-    scale = images.scale_val if images.scale_val > 0 else images.crop_val
+    crop = images.crop_val if recipe.task == "classification" else images.crop_train
+    scale = images.scale_val if images.scale_val > 0 and recipe.task == "classification" else crop
     return {
         "architecture": recipe.model,
         "num_classes": classes_count,
         **({"label_names": list(classes)} if classes else {}),
         "model_args": options,
+        **({"longest": recipe.segmentation.longest_val} if recipe.task == "segmentation" else {}),
         "pretrained_cfg": {
             "num_classes": classes_count,
-            "input_size": [3, images.crop_val, images.crop_val],
-            "crop_pct": images.crop_val / scale,
+            "input_size": [3, crop, crop],
+            "crop_pct": crop / scale,
             "interpolation": "bilinear",
             "mean": images.mean,
             "std": images.std,
-            "first_conv": "conv1",
+            "first_conv": "conv1" if recipe.task == "classification" else "body.conv1",
             "classifier": "fc",
         },
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ import timm.data
 from torch import nn
 
 from ..checkpoints.catalogue import Checkpoint, find
-from ..checkpoints.errors import CheckpointError, UnknownNameError
+from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fit import count_classes
 from ..checkpoints.weights import read_weights
 from ..classify import labels_of
 from ..layers import ABN, InPlaceABN
-from ..models import ARCHITECTURES, create_model
+from ..models import MODELS, SEGMENTERS, create_model
 from ..models.transfer import transfer
 from .network import options_of
-from .recipe import InputSection, recipe_from
+from .recipe import InputSection, SegmentationSection, recipe_from
 from .snapshots import BEST, read_snapshot
 
 
@@ -28,7 +28,8 @@ from .snapshots import BEST, read_snapshot
 class Source:
     """A network with its weights; `options` and `arch` would create another like it.
 
-    `input` has the sizes that the weights were validated with; `classes` are their names, where known.
+    `input` has the sizes that the weights were validated with, `longest` the longer side that a segmentation network is
+    shown; `classes` are their names, where known.
     """
 
     model: nn.Module
@@ -39,6 +40,12 @@ class Source:
     classes: tuple[str, ...] | None = None
     record: Checkpoint | None = None
     changes: list[str] = field(default_factory=list)
+    longest: int = SegmentationSection.longest_val
+
+    @property
+    def task(self) -> str:
+        """'classification' or 'segmentation'."""
+        return "segmentation" if self.arch in SEGMENTERS else "classification"
 
     def rebuilt(self, **options: Any) -> Source:
         """The same weights in a network created with other options; `changes` says what differs."""
@@ -48,7 +55,7 @@ class Source:
             options["signed_scale"] = True  # the scales of standard BatchNorm may be negative
         model = create_model(self.arch, **options)
         changes = transfer(self.model, model)
-        return Source(model, self.arch, options, self.text, self.input, self.classes, self.record, changes)
+        return replace(self, model=model, options=options, changes=changes)
 
 
 def load_source(what: str, arch: str | None = None) -> Source:
@@ -75,8 +82,6 @@ def load_source(what: str, arch: str | None = None) -> Source:
     if path.is_file():
         return _from_file(path, arch)
     record = find(what)
-    if record.task != "classification":
-        raise UnknownNameError(f"{record.name} is for {record.task}, not for classification")
     model = create_model(record.name, pretrained=True)
     classes = tuple(labels_of(record, record.num_classes))
     options = {**record.options, "num_classes": record.num_classes}
@@ -95,10 +100,11 @@ def _from_folder(folder: Path, file: Path | None = None) -> Source:
         model = create_model(f"local-dir:{folder}", pretrained=True, checkpoint=file)
         options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         names = config.get("label_names")
-        arch = config["architecture"]
+        arch, longest = config["architecture"], int(config.get("longest", SegmentationSection.longest_val))
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{folder}/config.json: does not describe a network of ours ({e})") from e
-    return Source(model, arch, options, str(file or folder), _input_of(model), tuple(names) if names else None)
+    classes = tuple(names) if names else None
+    return Source(model, arch, options, str(file or folder), _input_of(model), classes, longest=longest)
 
 
 def _from_snapshot(path: Path) -> Source:
@@ -107,7 +113,8 @@ def _from_snapshot(path: Path) -> Source:
     options = options_of(recipe)
     model = create_model(recipe.model, **options)
     model.load_state_dict(state["ema"] or state["model"])
-    return Source(model, recipe.model, options, str(path), recipe.input, state["classes"])
+    longest = recipe.segmentation.longest_val
+    return Source(model, recipe.model, options, str(path), recipe.input, state["classes"], longest=longest)
 
 
 def _from_file(path: Path, arch: str | None) -> Source:
@@ -118,7 +125,7 @@ def _from_file(path: Path, arch: str | None) -> Source:
     if path.suffix == ".safetensors" and arch is None:
         with safetensors.safe_open(path, "pt") as file:
             arch = (file.metadata() or {}).get("arch")
-    if arch is None or arch not in ARCHITECTURES:
+    if arch is None or arch not in MODELS:
         raise CheckpointError(f"{path}: of which network are these weights? Pass --arch, such as --arch resnet50_iabn")
     count = count_classes(read_weights(path))
     options: dict[str, Any] = {} if count is None else {"num_classes": count}

@@ -14,22 +14,28 @@ from ..checkpoints.export import write_atomically
 from ..commands import FAILED, INTERRUPTED, USAGE, check_least, complain
 from ..images import open_rgb
 from ..processes import Processes, processes
-from .data import DataError, Location, classes_of, open_split, val_loader
+from ..segmentation.command import add_views
+from .data import val_loader
 from .evaluate import Score, evaluate
 from .report import page, picture, table
 from .sources import Source, load_source
+from .splits import DataError, Location, classes_of, open_split
 from .transforms import Normalize, val_transform
+from .validate_scenes import validate_scenes
 
 PROGRAM = "validate.py"
-DESCRIPTION = """Measure what a network gets right: top-1, top-5 and loss over every image of a split, each counted
-once, on one device or, under torchrun, on many.
+DESCRIPTION = """Measure what a network gets right over every image of a split, each counted once, on one device or, under
+torchrun, on many: top-1, top-5 and loss of a classifier, intersection over union of each class and their mean (mIoU) of
+a segmentation network.
 
 MODEL is a name from 'iabn-hub list', the folder of a run, a snapshot (best.pt), or a file of weights (with --arch if
-it does not say its network). DATA is a folder with val/CLASS/*, or what --dataset names."""
+it does not say its network). DATA is a folder with val/CLASS/*, or what --dataset names; for segmentation as
+train_segmentation.py --help says."""
 EXAMPLES = """examples:
   python tools/validate.py test_resnet_iabn.mnist data/mnist --check
   python tools/validate.py resnext101_iabn /data/imagenet --ten-crop --check
   python tools/validate.py runs/digits data/mnist --report digits.html
+  python tools/validate.py wider_resnet38_deeplab3_iabn.vistas /data/vistas --flip
   python tools/validate.py resnet50-0676ba61.pth /data/imagenet --arch resnet50_iabn --norm-layer abn --activation relu
 """
 MANY_CLASSES = 20  # more of them are not all printed
@@ -43,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="name, name.tag, folder of a run, snapshot, or file of weights")
     p.add_argument("data", metavar="DATA", nargs="?", default="", help="a folder with val/CLASS/*")
-    how = p.add_argument_group("protocol")
+    add_views(p.add_argument_group("protocol of segmentation"), None)
+    how = p.add_argument_group("protocol of classification")
     how.add_argument("--crop", type=int, metavar="PIXELS", help="side of the crop (default: the network's)")
     how.add_argument(
         "--scale", type=int, metavar="PIXELS", help="shorter side before it (default: in proportion; −1: as it is)"
@@ -101,6 +108,8 @@ def validate(arguments: argparse.Namespace, everyone: Processes) -> int:
     }
     if options:
         source = source.rebuilt(**options)
+    if source.task == "segmentation":
+        return validate_scenes(arguments, source, everyone)
     protocol = _protocol(arguments, source)
     listed = _listed(source.record, protocol) if arguments.check else None
     if arguments.report:

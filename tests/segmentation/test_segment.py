@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import iabn_hub
 from iabn_hub import cli
-from iabn_hub.segmentation.palette import VISTAS, palette_of
+from iabn_hub.segmentation.palette import palette_of, vistas
 from iabn_hub.segmentation.pictures import draw, find_images
 
 from ..paths import ROOT
@@ -66,7 +66,7 @@ def test_every_kind_of_output(segment, tmp_path):
     assert outputs["overlay"].width > 70
     raw = np.asarray(outputs["raw"])
     assert (np.asarray(outputs["palette"]) == raw).all()
-    colors = palette_of("", CLASSES).colors
+    colors = palette_of(CLASSES).colors
     assert outputs["palette"].convert("RGB").getpixel((3, 4)) == colors[raw[4, 3]]
     assert np.asarray(outputs["prob"]).min() >= 255 // CLASSES - 1
     shares = found["images"][0]["classes"]
@@ -75,7 +75,7 @@ def test_every_kind_of_output(segment, tmp_path):
 
 
 def test_the_colours_of_vistas():
-    palette = palette_of(VISTAS, 65)
+    palette = vistas()
     assert len(palette.names) == len(palette.colors) == 65
     assert (palette.names[0], palette.colors[0]) == ("Bird", (165, 42, 42))
     assert (palette.names[64], palette.colors[64]) == ("Ego Vehicle", (120, 10, 10))
@@ -85,7 +85,7 @@ def test_the_colours_of_vistas():
 
 
 def test_other_palettes_have_colours_that_differ():
-    assert len(set(palette_of("", 36).colors)) == 36
+    assert len(set(palette_of(36).colors)) == 36
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16"])

@@ -9,17 +9,9 @@ import torch
 from PIL import Image
 
 from iabn_hub.processes import Processes
-from iabn_hub.training.data import (
-    DataError,
-    Location,
-    Samples,
-    TrainLoader,
-    check_alike,
-    classes_of,
-    open_split,
-    val_loader,
-)
+from iabn_hub.training.data import Key, Samples, TrainLoader, val_loader
 from iabn_hub.training.recipe import recipe_from
+from iabn_hub.training.splits import DataError, Location, check_alike, classes_of, open_split
 from iabn_hub.training.transforms import train_transform, val_transform
 
 from .conftest import TINY
@@ -98,7 +90,7 @@ def test_random_numbers_of_the_caller_are_left_alone(source):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    Samples(source, train_transform(recipe_from(TINY, "")), 0, True)[0, 0, 0]
+    Samples(source, train_transform(recipe_from(TINY, "")), 0, True)[Key(0, 0, 0)]
     assert torch.rand(3).equal(expected)
 
 

@@ -18,7 +18,9 @@ def test_every_published_classifier_and_every_resnet_has_a_recipe():
     published = {record.name for record in PUBLISHED}
     resnets = {f"resnet{depth}_iabn.modern" for depth in (18, 34, 50, 101, 152)}
     digits = {"test_resnet_iabn.mnist", "resnet18_iabn.mnist"}
-    assert {path.stem for path in RECIPES} == published | resnets | digits
+    scenes = {f"wider_resnet38_deeplab3_iabn.{data}" for data in ("vistas", "cityscapes")}
+    scenes.add("test_resnet_deeplab3_iabn.shapes")
+    assert {path.stem for path in RECIPES} == published | resnets | digits | scenes
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
