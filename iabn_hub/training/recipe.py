@@ -18,7 +18,6 @@ from typing import Any, Literal
 from ..checkpoints.catalogue import suggest
 from ..models import MODELS, SEGMENTERS
 
-MOST_CLASSES = 254  # of a segmentation network: labels are bytes, and two of their values mean no class
 NORM_LAYERS = {"standard": "abn", "inplace": "iabn", "sync": "iabn_sync"}
 
 
@@ -367,5 +366,3 @@ def _check_segmentation(recipe: Recipe, path: str) -> None:
         if value != getattr(TrainingSection, name):
             instead = "; set segmentation.min_scale" if name == "min_scale" else ""
             raise RecipeError(f"{path}: training.{name} is {value}: that is for classifiers{instead}")
-    if recipe.network.classes > MOST_CLASSES:
-        raise RecipeError(f"{path}: network.classes is {recipe.network.classes}; it must be 1 to {MOST_CLASSES}")

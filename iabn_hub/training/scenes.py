@@ -92,13 +92,16 @@ class Scenes:
         return Image.fromarray(classes)
 
 
-def open_scenes(root: Path, split: str, recipe: Recipe) -> Scenes:
+def open_scenes(root: Path, split: str, classes: int, ignore: int = IGNORED) -> Scenes:
     """The scenes of one split.
+
+    Args:
+        classes: how many there are, where the data does not say it.
+        ignore: number in the label files that means nothing, besides IGNORED.
 
     Raises:
         DataError: the folder is laid out in no way that is known, or files are missing.
     """
-    ignore = recipe.segmentation.ignore
     if (root / "leftImg8bit").is_dir():
         return _cityscapes(root, split)
     folder = next((root / name for name in (split, VISTAS.get(split, split)) if (root / name).is_dir()), None)
@@ -110,19 +113,22 @@ def open_scenes(root: Path, split: str, recipe: Recipe) -> Scenes:
     images = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
     labels = [(labels_in / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
     _check_files(folder, images, labels)
-    names, counted = _classes(root)
+    named = _classes(root)
+    if (classes if named is None else len(named)) > UNKNOWN:
+        raise DataError(
+            f"{root}: has no classes.json that names the classes, and {classes} are too many: write it, or say how "
+            f"many there are (--set network.classes=…, 1 to {UNKNOWN})"
+        )
     table = np.full(256, UNKNOWN, np.uint8)
-    classes = recipe.network.classes if counted is None else len(counted)
-    table[list(range(classes)) if counted is None else counted] = range(classes)
-    if names is not None:  # what the dataset itself leaves out
-        table[[n for n in range(len(names)) if counted is not None and n not in counted]] = IGNORED
+    numbers = range(classes) if named is None else [n for n, (_, counts) in enumerate(named) if counts]
+    table[: classes if named is None else len(named)] = IGNORED  # what the dataset itself leaves out
+    table[list(numbers)] = range(len(numbers))
     table[[ignore, IGNORED]] = IGNORED
-    chosen = None if names is None or counted is None else tuple(names[n] for n in counted)
-    return Scenes(images, labels, chosen, table)
+    return Scenes(images, labels, None if named is None else tuple(named[n][0] for n in numbers), table)
 
 
-def _classes(root: Path) -> tuple[list[str] | None, list[int] | None]:
-    """The names of all numbers, and the numbers that count, as Vistas' file or classes.json says; else None."""
+def _classes(root: Path) -> list[tuple[str, bool]] | None:
+    """The name of each number and whether it counts, as Vistas' file or classes.json says; None without one."""
     for name in ("config_v1.2.json", "config.json", "classes.json"):
         path = root / name
         if not path.is_file():
@@ -130,14 +136,13 @@ def _classes(root: Path) -> tuple[list[str] | None, list[int] | None]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, list) and content and all(isinstance(each, str) for each in content):
-                return content, list(range(len(content)))
-            names = [str(each["readable"]) for each in content["labels"]]
-            return names, [n for n, each in enumerate(content["labels"]) if each["evaluate"]]
+                return [(each, True) for each in content]
+            return [(str(each["readable"]), bool(each["evaluate"])) for each in content["labels"]]
         except (ValueError, KeyError, TypeError) as e:
             raise DataError(
                 f"{path}: is neither a list of names nor Vistas' description of its labels ({type(e).__name__}: {e})"
             ) from e
-    return None, None
+    return None
 
 
 def _cityscapes(root: Path, split: str) -> Scenes:

@@ -140,7 +140,10 @@ class Segmentation:
         self.classes: tuple[str, ...] | None = None
 
     def open(self, recipe: Recipe, where: Location, micro: int) -> tuple[Any, Any, tuple[str, ...] | None]:
-        train, val = (open_scenes(Path(where.root), split, recipe) for split in (where.train_split, where.val_split))
+        train, val = (
+            open_scenes(Path(where.root), split, recipe.network.classes, recipe.segmentation.ignore)
+            for split in (where.train_split, where.val_split)
+        )
         self.classes = train.classes
         return train, val, train.classes
 

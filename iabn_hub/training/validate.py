@@ -18,15 +18,16 @@ from ..segmentation.command import add_views
 from .data import val_loader
 from .evaluate import Score, evaluate
 from .report import page, picture, table
+from .scenes import IGNORED
 from .sources import Source, load_source
 from .splits import DataError, Location, classes_of, open_split
 from .transforms import Normalize, val_transform
 from .validate_scenes import validate_scenes
 
 PROGRAM = "validate.py"
-DESCRIPTION = """Measure what a network gets right over every image of a split, each counted once, on one device or, under
-torchrun, on many: top-1, top-5 and loss of a classifier, intersection over union of each class and their mean (mIoU) of
-a segmentation network.
+DESCRIPTION = """Measure what a network gets right over every image of a split, each counted once, on one device or,
+under torchrun, on many: top-1, top-5 and loss of a classifier, intersection over union of each class and their mean
+(mIoU) of a segmentation network.
 
 MODEL is a name from 'iabn-hub list', the folder of a run, a snapshot (best.pt), or a file of weights (with --arch if
 it does not say its network). DATA is a folder with val/CLASS/*, or what --dataset names; for segmentation as
@@ -49,7 +50,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("model", metavar="MODEL", help="name, name.tag, folder of a run, snapshot, or file of weights")
     p.add_argument("data", metavar="DATA", nargs="?", default="", help="a folder with val/CLASS/*")
-    add_views(p.add_argument_group("protocol of segmentation"), None)
+    scenes = p.add_argument_group("protocol of segmentation")
+    add_views(scenes, None)
+    scenes.add_argument("--ignore", type=int, default=IGNORED, metavar="N", help="number in the label files that "
+                        f"counts as nothing, besides {IGNORED} and what the dataset leaves out")  # fmt: skip
     how = p.add_argument_group("protocol of classification")
     how.add_argument("--crop", type=int, metavar="PIXELS", help="side of the crop (default: the network's)")
     how.add_argument(
@@ -86,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = p.parse_args(argv)
     if not arguments.data and not arguments.dataset:
         p.error("name the folder of the images: MODEL DATA")
-    check_least(p, arguments, batch_size=1, workers=0, tolerance=0, crop=16)
+    check_least(p, arguments, batch_size=1, workers=0, tolerance=0, crop=16, ignore=0)
     try:
         with processes(arguments.device) as everyone:
             return validate(arguments, everyone)

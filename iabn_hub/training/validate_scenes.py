@@ -18,7 +18,6 @@ from ..processes import Processes
 from ..segmentation.command import views_of
 from ..segmentation.predict import Views
 from .data import val_loader
-from .recipe import NetworkSection, Recipe
 from .report import page, picture, table
 from .scenes import SceneSamples, WholeScenes, open_scenes
 from .score_scenes import SceneScore, evaluate_scenes
@@ -44,7 +43,7 @@ def validate_scenes(arguments: argparse.Namespace, source: Source, everyone: Pro
     if arguments.report:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
     count = source.options["num_classes"]
-    scenes = open_scenes(Path(arguments.data), arguments.split, Recipe(network=NetworkSection(classes=count)))
+    scenes = open_scenes(Path(arguments.data), arguments.split, count, arguments.ignore)
     if scenes.classes and len(scenes.classes) != count:
         raise DataError(f"{arguments.data} has {len(scenes.classes)} classes, {source.text} tells {count} apart")
     classes = source.classes or scenes.classes or tuple(f"class {number}" for number in range(count))
