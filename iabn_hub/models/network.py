@@ -18,12 +18,12 @@ NormFactory = Callable[..., nn.Module]
 
 
 def norm_factory(
-    norm_layer: Union[str, NormFactory],
-    activation: str,
-    activation_param: float,
-    signed_scale: bool,
-    device: Any,
-    dtype: Optional[torch.dtype],
+    norm_layer: Union[str, NormFactory] = "iabn",
+    activation: str = "leaky_relu",
+    activation_param: float = 0.01,
+    signed_scale: bool = False,
+    device: Any = None,
+    dtype: Optional[torch.dtype] = None,
 ) -> NormFactory:
     """A function `norm(channels, activation=…, inplace=…)` that makes one layer of the chosen kind.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm.data
 import torch
 from PIL import Image
 from torch import nn
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from ..checkpoints.errors import UnknownNameError
 from ..commands import FAILED, OK, USAGE, complain
 from ..images import ImageError, open_rgb
+from ..models import MODELS
 from ..processes import Processes, autocast, processes
 from ..training.sources import load_source
 from .fusion import FUSIONS
@@ -146,12 +146,14 @@ def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path
 
 def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module, Any, Palette]:
     name, file = arguments.model, arguments.checkpoint
-    source = load_source(file, name.partition(".")[0]) if file is not None else load_source(name)
+    # A file of the caller's goes with any architecture; with the name of published weights it has their classes.
+    alone = file is not None and name in MODELS
+    source = load_source(file, name) if alone else load_source(name, checkpoint=file)
     if source.task != "segmentation":
         raise UnknownNameError(f"{source.text} is for {source.task}, not for segmentation")
     network = source.model.to(everyone.device).eval()
-    cfg = timm.data.resolve_model_data_config(network)
-    normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg["mean"], cfg["std"])])
+    values = v2.Normalize(source.input.mean, source.input.std)
+    normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), values])
     num_classes: Any = network.num_classes
     return network, normalize, palette_of(num_classes, source.classes)
 

@@ -58,13 +58,14 @@ class Source:
         return replace(self, model=model, options=options, changes=changes)
 
 
-def load_source(what: str, arch: str | None = None) -> Source:
+def load_source(what: str, arch: str | None = None, checkpoint: str | None = None) -> Source:
     """The network that `what` names.
 
     Args:
         what: `model` or `model.tag`; the folder of a run; a snapshot (.pt); a file of weights, legacy or ours. One
             with a config.json beside it is what that describes.
         arch: the architecture of a file that does not say it.
+        checkpoint: a file with the weights of the name that `what` is, instead of the published one.
 
     Raises:
         UnknownNameError: neither a file nor a name.
@@ -82,7 +83,7 @@ def load_source(what: str, arch: str | None = None) -> Source:
     if path.is_file():
         return _from_file(path, arch)
     record = find(what)
-    model = create_model(record.name, pretrained=True)
+    model = create_model(record.name, pretrained=True, checkpoint=checkpoint)
     classes = tuple(labels_of(record, record.num_classes))
     options = {**record.options, "num_classes": record.num_classes}
     return Source(model, record.model, options, record.name, _input_of(model), classes, record)

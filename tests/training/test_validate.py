@@ -149,7 +149,6 @@ def test_text_for_people(measure, digits, capsys):
         ("test_resnet_iabn.mnist", ("--check", "--crop", "48"), 1, "no figure of test_resnet_iabn.mnist for this"),
         ("test_resnet_iabn.mnist", ("--crop", "64", "--scale", "32"), 1, "--scale 32 is less than --crop 64"),
         ("test_resnet_iabn.mnist", ("--split", "test"), 1, "test is not a folder"),
-        ("wider_resnet38_deeplab3_iabn.vistas", (), 2, "is for segmentation"),
         (".", (), 1, "is no folder of a run"),
     ],
 )  # fmt: skip
