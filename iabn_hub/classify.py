@@ -34,7 +34,7 @@ class Classifier:
     """A pretrained network with its preprocessing and its class names.
 
     Args:
-        name: `model` or `model.tag` from the catalogue.
+        name: `model` or `model.tag` from the catalogue, or 'hf-hub:ORG/NAME[@COMMIT]'.
         checkpoint: a file to load instead of the published one; it must have the same classes.
         device: where to run.
 
@@ -47,7 +47,8 @@ class Classifier:
         self, name: str = DEFAULT_MODEL, *, checkpoint: str | os.PathLike[str] | None = None, device: str = "cpu"
     ) -> None:
         # A file of the caller's goes with any architecture, published weights or not.
-        record = None if checkpoint is not None and name in ARCHITECTURES else find(name)
+        named = (checkpoint is not None and name in ARCHITECTURES) or name.startswith(("hf-hub:", "local-dir:"))
+        record = None if named else find(name)
         if record and record.task != "classification":
             raise UnknownNameError(f"{record.name} is for {record.task}, not for classification")
         self.name = record.name if record else name
@@ -56,7 +57,8 @@ class Classifier:
         cfg = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**cfg)
         num_classes: Any = self.model.num_classes
-        self.labels = labels_of(record, num_classes)
+        cfg_labels = self.model.pretrained_cfg.get("label_names")  # type: ignore[union-attr, operator]
+        self.labels = cfg_labels if record is None and cfg_labels else labels_of(record, num_classes)
 
     def classify(self, path: str | os.PathLike[str], topk: int = 5) -> list[Guess]:
         """The `topk` most probable classes of one image file, most probable first.

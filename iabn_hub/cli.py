@@ -16,6 +16,7 @@ from . import __version__
 from .checkpoints.catalogue import Checkpoint, checkpoints_of, find, records
 from .checkpoints.errors import CheckpointError, UnknownNameError
 from .checkpoints.fetch import cached_files, fetch_checkpoint, local_file
+from .checkpoints.mirrors import verify_mirror
 from .checkpoints.verify import is_verified, md5_of, recheck
 from .classify import DEFAULT_MODEL, SAMPLES, Classifier
 from .commands import FAILED, INTERRUPTED, OK, USAGE, complain
@@ -75,10 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     some.add_argument("names", metavar="NAME", nargs="+", help="model or model.tag")
     any_ = command("verify", _verify, "Read cached checkpoints again and compare their md5 with the published one.")
     any_.add_argument("names", metavar="NAME", nargs="*", help="model or model.tag (default: all that are cached)")
+    any_.add_argument("--mirror", metavar="DIR", type=Path, help="check what tools/make_mirror.py built there instead")
     command("doctor", _doctor, "Show which kernels the layer uses here and why, and check that they compute the same.")
     classify = command("classify", _classify, "Name what is in images.")
     classify.add_argument("images", metavar="IMAGE", nargs="*", help="image files (default: the bundled samples)")
-    classify.add_argument("--model", metavar="NAME[.TAG]", help="default: the bundled test network, which reads digits")
+    classify.add_argument(
+        "--model",
+        metavar="NAME[.TAG]",
+        help="or hf-hub:ORG/NAME (default: the bundled test network, which reads digits)",
+    )
     classify.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
     classify.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes to show (default: 5)")
     classify.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
@@ -198,27 +204,33 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    wanted = [_find(name) for name in arguments.names] or list(records().values())
-    rows = []
-    for record in wanted:
-        local = local_file(record)
-        files = [(local, record.md5)] if local else cached_files(record)
-        present = [(path, md5) for path, md5 in files if path.is_file()]
-        if not present and arguments.names:
-            rows.append({"name": record.name, "status": "missing", "path": str(files[0][0])})
-        for path, md5 in present:
-            found = md5_of(path) if local else recheck(path)
-            status = "ok" if found == md5 else "wrong"
-            rows.append({"name": record.name, "status": status, "path": str(path), "expected_md5": md5, "md5": found})
+    rows = _verify_cached(arguments.names) if arguments.mirror is None else verify_mirror(arguments.mirror)
+    again = "'iabn-hub fetch {}' gets it" if arguments.mirror is None else "tools/make_mirror.py puts {} there"
     if arguments.json:
         _print_json(rows)
     else:
         for row in rows:
             wrong = row["status"] == "wrong"
             detail = f": md5 {row['md5']}, expected {row['expected_md5']}; delete it" if wrong else ""
-            hint = f"; 'iabn-hub fetch {row['name']}' gets it" if row["status"] != "ok" else ""
+            hint = f"; {again.format(row['name'])}" if row["status"] != "ok" else ""
             print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
     return OK if all(row["status"] == "ok" for row in rows) else FAILED
+
+
+def _verify_cached(names: list[str]) -> list[dict[str, Any]]:
+    wanted = [_find(name) for name in names] or list(records().values())
+    rows = []
+    for record in wanted:
+        local = local_file(record)
+        files = [(local, record.md5)] if local else cached_files(record)
+        present = [(path, md5) for path, md5 in files if path.is_file()]
+        if not present and names:
+            rows.append({"name": record.name, "status": "missing", "path": str(files[0][0])})
+        for path, md5 in present:
+            found = md5_of(path) if local else recheck(path)
+            status = "ok" if found == md5 else "wrong"
+            rows.append({"name": record.name, "status": status, "path": str(path), "expected_md5": md5, "md5": found})
+    return rows
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

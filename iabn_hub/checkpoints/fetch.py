@@ -162,8 +162,9 @@ def _from_sources(record: Checkpoint, candidates: list[tuple[Path, str]], progre
 def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator[tuple[_Source, tuple[Path, str]]]:
     mirror = os.environ.get("IABN_HUB_MIRROR", "").rstrip("/")
     if mirror:
-        url = f"{mirror}/{quote(record.filename)}"
-        yield _Source(f"mirror {_without_password(url)}", _reader(url)), candidates[0]
+        for candidate in candidates:  # a mirror has the published file, or that of the Hub
+            url = f"{mirror}/{quote(candidate[0].name)}"
+            yield _Source(f"mirror {_without_password(url)}", _reader(url)), candidate
     hub = record.hub
     if hub:
         yield _Source(f"Hub {hub.repo}@{hub.revision}", lambda part, bar: _from_hub(hub, part)), candidates[1]

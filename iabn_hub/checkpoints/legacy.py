@@ -114,3 +114,55 @@ def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
             raise CheckpointError(f"two of its keys mean {names[name]}; one of them is {name}")
         renamed[names[name]] = value
     return renamed
+
+
+def to_legacy(state_dict: Mapping[str, T]) -> dict[str, T]:
+    """The state dict of one of our networks under the legacy names: what `to_current` undoes.
+
+    Raises:
+        CheckpointError: it is not one of our networks.
+    """
+    if "conv1.weight" not in state_dict and "body.conv1.weight" not in state_dict:
+        raise CheckpointError("these are not the weights of one of our networks: there is no conv1.weight")
+    names = {}
+    dense = "body.conv1.weight" in state_dict
+    body = "body." if dense else ""
+    # In pre-activation blocks the first norm stands before the branches, else inside.
+    before = any(name.startswith(f"{body}norm.") for name in state_dict)
+    for name in state_dict:
+        if dense and not name.startswith(body):
+            names[name] = _dense_prediction(name)
+        else:
+            names[name] = body + _legacy_name(name.removeprefix(body), before)
+    renamed = _renamed(state_dict, names)
+    if to_current(dict.fromkeys(renamed)).keys() != state_dict.keys():
+        raise CheckpointError("these weights have names that the earlier package does not know")
+    return renamed
+
+
+def _dense_prediction(name: str) -> str:
+    for old, new in _DENSE_PREDICTION.items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
+def _legacy_name(name: str, before: bool) -> str:
+    for pattern, replacement in (
+        (r"layer(\d)\.block\.(\d+)\.(bn|conv)1\.(.+)", r"{}.convs1.\2.\3.\4"),
+        (r"layer(\d)\.block\.(\d+)\.(bn|conv)2\.(.+)", r"{}.convs3.\2.\3.\4"),
+        (r"layer(\d)\.transition\.(.+)", r"tra\1.\2"),
+        (r"layer(\d)\.(\d+)\.downsample\.0\.(.+)", r"{}.block{}.proj_conv.\3"),
+        (r"layer(\d)\.(\d+)\.downsample\.1\.(.+)", r"{}.block{}.proj_bn.\3"),
+        (r"layer(\d)\.(\d+)\.downsample\.(.+)", r"{}.block{}.proj_conv.\3"),
+        (r"layer(\d)\.(\d+)\.(bn1\..+)", r"{}.block{}.\3" if before else r"{}.block{}.convs.\3"),
+        (r"layer(\d)\.(\d+)\.(.+)", r"{}.block{}.convs.\3"),
+        (r"norm\.(.+)", r"bn_out.\1"),
+        (r"fc\.(.+)", r"classifier.fc.\1"),
+    ):
+        match = re.fullmatch(pattern, name)
+        if match:
+            module = f"mod{int(match[1]) + 1}" if name.startswith("layer") else ""
+            block = int(match[2]) + 1 if "block{}" in replacement else 0
+            return match.expand(replacement.replace("{}", module, 1).replace("{}", str(block), 1))
+    return f"mod1.{name}"

@@ -20,6 +20,7 @@ _FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
 ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
 SEGMENTERS = tuple(iabn_deeplab.default_cfgs)
 MODELS = (*ARCHITECTURES, *SEGMENTERS)
+HUB = "hf-hub:"
 
 for _layer in (ABN, InPlaceABN, InPlaceABNSync):
     register_notrace_module(_layer)
@@ -51,7 +52,7 @@ def create_model(
         name: `model`, `model.tag`, or 'hf-hub:ORG/NAME' and 'local-dir:PATH' as timm takes them.
         pretrained: load the weights of the tag (without one: of the model's first checkpoint).
         checkpoint: load this file instead, legacy `.pth.tar` or safetensors, or the one in this folder; nothing is
-            fetched.
+            fetched. Or 'hf-hub:ORG/NAME[@COMMIT]', the weights of a repository.
         options: `num_classes`, `in_chans`, `features_only`, and the options of the architecture.
 
     Raises:
@@ -61,7 +62,11 @@ def create_model(
     # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
     if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):
         raise UnknownNameError(f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)]))
-    if checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
+    if isinstance(checkpoint, str) and checkpoint.startswith(HUB):
+        pretrained = True
+        from_hub = {"hf_hub_id": checkpoint.removeprefix(HUB), "file": None, "url": None}
+        options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), **from_hub}
+    elif checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
         pretrained = True
         options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}
     model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)

@@ -47,7 +47,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("input", metavar="IN", help="file, folder or 'pattern'")
     p.add_argument("out", metavar="OUT", type=Path, help="folder for the results; made if missing")
     p.add_argument("--model", metavar="NAME[.TAG]", default=DEFAULT_MODEL,
-                   help=f"or a run of tools/train_segmentation.py (default: {DEFAULT_MODEL})")  # fmt: skip
+                   help=f"or a run's folder, or hf-hub:ORG/NAME (default: {DEFAULT_MODEL})")  # fmt: skip
     p.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
     p.add_argument("--output", dest="kinds", type=_words(KINDS), default=("palette",), metavar="KIND,…",
                    help=f"one or more of {', '.join(KINDS)} (default: palette)")  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors
 import timm.data
 from torch import nn
@@ -62,8 +63,8 @@ def load_source(what: str, arch: str | None = None, checkpoint: str | None = Non
     """The network that `what` names.
 
     Args:
-        what: `model` or `model.tag`; the folder of a run; a snapshot (.pt); a file of weights, legacy or ours. One
-            with a config.json beside it is what that describes.
+        what: `model` or `model.tag`; 'hf-hub:ORG/NAME[@COMMIT]'; the folder of a run; a snapshot (.pt); a file of
+            weights, legacy or ours. One with a config.json beside it is what that describes.
         arch: the architecture of a file that does not say it.
         checkpoint: a file with the weights of the name that `what` is, instead of the published one.
 
@@ -71,6 +72,8 @@ def load_source(what: str, arch: str | None = None, checkpoint: str | None = Non
         UnknownNameError: neither a file nor a name.
         CheckpointError: the weights cannot be had, or the architecture is not known.
     """
+    if what.startswith(("hf-hub:", "local-dir:")):
+        return _from_timm(what)
     path = Path(what).expanduser()
     if path.is_dir():
         return _from_folder(path)
@@ -96,16 +99,30 @@ def _from_folder(folder: Path, file: Path | None = None) -> Source:
         if best.is_file():
             return _from_snapshot(best)
         raise CheckpointError(f"{folder}: is no folder of a run: it has neither config.json nor snapshots/{BEST}")
+    return replace(_from_timm(f"local-dir:{folder}", file), text=str(file or folder))
+
+
+def _from_timm(name: str, file: Path | None = None) -> Source:
+    """What timm loads under 'local-dir:…' and 'hf-hub:…', and its config.json says."""
+    place = name.partition(":")[2]
     try:
-        config = json.loads((folder / "config.json").read_text())
-        model = create_model(f"local-dir:{folder}", pretrained=True, checkpoint=file)
+        if name.startswith("hf-hub:"):
+            repo, _, revision = place.partition("@")
+            path = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None)
+        else:
+            path = f"{place}/config.json"
+        config = json.loads(Path(path).read_text())
+    except Exception as e:  # the Hub's client lets all kinds through
+        raise CheckpointError(f"{name}: has no config.json that can be read: {(str(e).splitlines() or [''])[0]}") from e
+    try:
+        model = create_model(name, pretrained=True, checkpoint=file)
         options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         names = config.get("label_names")
         arch, longest = config["architecture"], int(config.get("longest", SegmentationSection.longest_val))
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{folder}/config.json: does not describe a network of ours ({e})") from e
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise CheckpointError(f"{name}: config.json does not describe a network of ours ({e})") from e
     classes = tuple(names) if names else None
-    return Source(model, arch, options, str(file or folder), _input_of(model), classes, longest=longest)
+    return Source(model, arch, options, name, _input_of(model), classes, longest=longest)
 
 
 def _from_snapshot(path: Path) -> Source:

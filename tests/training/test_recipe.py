@@ -124,7 +124,7 @@ def test_changes_on_the_command_line(recipe):
         ({"network": {"arch": "resnet51"}}, "network.arch is 'resnet51', and there is no such network; did you mean"),
         ({"training": {"warmup_epochs": 10}}, "training.warmup_epochs is 10, and there are no more epochs than 10: "),
         ({"training": {"warmup_epochs": -1}}, "training.warmup_epochs is -1; it must be 0 to 100000"),
-        ({"network": {"dilation": 2}}, "network.dilation is 2: classifiers are trained with 1 alone"),
+        ({"network": {"dilation": 2}}, "network.dilation is 2: networks are trained with 1 alone"),
         ({"network": {"input_3x3": True}}, "network.input_3x3: resnet101 has no other stem than its own"),
         ({"network": {"bn_mode": "inplace"}}, "network.activation relu cannot be inverted.* use leaky_relu"),
         ({"optimizer": {"nesterov": True, "type": "Adam"}}, "optimizer.nesterov needs type SGD"),

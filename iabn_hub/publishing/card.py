@@ -1,0 +1,155 @@
+"""The page of a repository: figures, licence, usage by every door, and where the weights come from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..checkpoints.catalogue import Result
+
+if TYPE_CHECKING:
+    from .export import Export
+
+TASKS = {"classification": "image-classification", "segmentation": "image-segmentation"}
+LICENSES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "Apache-2.0": "apache-2.0"}
+FIGURES = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "miou": ("mean_iou", "mIoU")}
+REPO = "ORG/NAME"  # where the repository is not known yet
+CODE = "OWNER/iabn_hub"  # of the package
+
+
+def model_card(export: Export, repo: str | None) -> str:
+    """The text of README.md: metadata that the Hub reads, then what people do.
+
+    Args:
+        repo: ORG/NAME of the repository.
+    """
+    return f"---\n{_data(export).to_yaml()}\n---\n\n{_body(export, repo or REPO)}"
+
+
+def _data(export: Export) -> ModelCardData:
+    known = LICENSES.get(export.license)
+    terms: dict[str, Any] = {"license": known or "other"}
+    if not known and export.license:
+        terms |= {"license_name": _slug(export.license), "license_link": export.license_link or None}
+    results = [
+        EvalResult(
+            task_type=TASKS[export.source.task],
+            dataset_type=export.dataset or "other",
+            dataset_name=result.dataset,
+            dataset_config=result.protocol,
+            metric_type=FIGURES[name][0],
+            metric_name=f"{FIGURES[name][1]}, {_protocol(result)}",
+            metric_value=getattr(result, name),
+        )
+        for result in export.results
+        for name in FIGURES
+        if getattr(result, name) is not None
+    ]
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag=TASKS[export.source.task],
+        tags=["timm", "in-place-abn", "iabn_hub", TASKS[export.source.task]],
+        datasets=[export.dataset] if export.dataset else None,
+        metrics=sorted({FIGURES[n][0] for r in export.results for n in FIGURES if getattr(r, n) is not None}) or None,
+        model_name=export.name,
+        eval_results=results or None,
+        **terms,
+    )
+
+
+def _slug(text: str) -> str:
+    return "-".join(text.lower().split())
+
+
+def _protocol(result: Result) -> str:
+    if result.crop is None:
+        return result.note or result.protocol
+    resized = f" from {result.resize}" if result.resize else ""
+    return f"{'ten crops' if result.ten_crop else 'centre crop'} of {result.crop}{resized}"
+
+
+def _body(export: Export, repo: str) -> str:
+    arch = export.name.partition(".")[0]
+    parameters = sum(p.numel() for p in export.source.model.parameters())
+    intro = (
+        f"`{arch}` with in-place activated BatchNorm (iABN), which keeps about half the memory for the backward pass. "
+        f"{parameters:,} parameters, {export.source.options['num_classes']:,} classes"
+    )
+    if export.dataset:
+        intro += f", trained on {export.dataset}"
+    lines = [f"# {export.name}", "", f"{intro}."]
+    if export.description:
+        lines += ["", f"{export.description}."]
+    lines += ["", "## Figures", "", *_figures(export)] if export.results else []
+    lines += ["", "## Use", "", *_usage(export, arch, repo)]
+    lines += ["", "## Training", "", *_training(export)]
+    lines += ["", "## Origin", "", *_origin(export)]
+    lines += ["", "## Licence", "", _license(export)]
+    if export.citation:
+        lines += ["", "## Citation", "", export.citation]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(export: Export) -> list[str]:
+    names = [name for name in FIGURES if any(getattr(result, name) is not None for result in export.results)]
+    rows = ["| protocol | data | " + " | ".join(f"{FIGURES[name][1]}, %" for name in names) + " |"]
+    rows.append("|---|---|" + "---|" * len(names))
+    for result in export.results:
+        values = [getattr(result, name) for name in names]
+        cells = " | ".join("" if value is None else f"{value:.2f}" for value in values)
+        rows.append(f"| {_protocol(result)} | {result.dataset} | {cells} |")
+    return rows
+
+
+def _usage(export: Export, arch: str, repo: str) -> list[str]:
+    command = "classify photo.jpg" if export.source.task == "classification" else "segment street.jpg out"
+    return [
+        "```python",
+        "import iabn_hub, timm, torch  # pip install iabn-hub; the import registers the architecture in timm",
+        "",
+        f'model = timm.create_model("hf-hub:{repo}", pretrained=True)',
+        f'model = iabn_hub.create_model("{arch}", checkpoint="hf-hub:{repo}")',
+        f'model = torch.hub.load("{CODE}", "{arch}", checkpoint="hf-hub:{repo}")',
+        "```",
+        "",
+        "```sh",
+        f"iabn-hub {command} --model hf-hub:{repo}",
+        "```",
+        "",
+        f"`hf-hub:{repo}@COMMIT`, with all 40 digits of a commit, stays what it is, and needs no network once it is "
+        "cached.",
+    ]
+
+
+def _training(export: Export) -> list[str]:
+    lines = []
+    if export.training:
+        lines += ["| setting | value |", "|---|---|"]
+        for name, value in export.training.items():
+            shown = value if isinstance(value, str | int | float) else json.dumps(value)
+            lines.append(f"| {name} | {shown} |")
+    if export.recipe is not None:
+        tool = "train.py" if export.source.task == "classification" else "train_segmentation.py"
+        lines += ["", f"`recipe.json` holds all of them: `python tools/{tool} recipe.json DATA` trains it again."]
+    return lines or ["Its settings were not published."]
+
+
+def _origin(export: Export) -> list[str]:
+    origin = export.origin
+    place = ""
+    if "google_drive_id" in origin:
+        there = origin["google_drive_id"]
+        place = f", [Google Drive {there}](https://drive.google.com/file/d/{there})"
+    return [
+        f"Converted from a {origin['kind']}, `{origin['file']}` ({origin['bytes']:,} bytes, md5 `{origin['md5']}`"
+        f"{place}), by `{export.command}`. The values are unchanged, the names "
+        "are those of `iabn_hub`. `provenance.json` has the digest of every file here and the versions that made them.",
+    ]
+
+
+def _license(export: Export) -> str:
+    if not export.license:
+        return "None was stated."
+    return f"[{export.license}]({export.license_link})." if export.license_link else f"{export.license}."

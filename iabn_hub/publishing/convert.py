@@ -1,0 +1,147 @@
+"""The command that converts files of weights between layouts: `tools/convert_checkpoint.py IN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.export import save_safetensors, write_atomically
+from ..checkpoints.fit import count_classes, fit
+from ..checkpoints.legacy import is_legacy, to_current, to_legacy
+from ..checkpoints.verify import md5_of
+from ..checkpoints.weights import read_weights
+from ..commands import FAILED, INTERRUPTED, OK, complain
+from ..models import MODELS, create_model
+from .export import CONVERTER
+
+PROGRAM = "convert_checkpoint.py"
+DESCRIPTION = """Convert a file of weights from one layout to another, and say what changed.
+
+OUT decides: .safetensors has the names of iabn_hub, .pth, .pth.tar and .pt the legacy names of the package inplace_abn,
+written by torch.save with nothing but tensors in it (its scripts read no other format). IN may be any of them, or a
+training snapshot; whatever is not a tensor is left out. Code in a pickle is refused, not run."""
+EXAMPLES = """examples:
+  python tools/convert_checkpoint.py resnext101_ipabn_lr_512.pth.tar model.safetensors --arch resnext101_iabn
+  python tools/convert_checkpoint.py model.safetensors for_inplace_abn.pth.tar
+"""
+# Where files for standard BatchNorm will be a third layout, once `to_batchnorm` converts networks.
+LAYOUTS = {".safetensors": "iabn_hub", ".tar": "legacy", ".pth": "legacy", ".pt": "legacy"}
+SHOWN = 3
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("given", metavar="IN", type=Path)
+    p.add_argument("out", metavar="OUT", type=Path)
+    p.add_argument("--arch", choices=MODELS, metavar="NAME", help="check that the weights are this network's, such as "
+                   "resnext101_iabn, and note it in the file")  # fmt: skip
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    p.add_argument("--json", action="store_true", help="print JSON for a program instead of text for a person")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert; returns the exit code: 0 fine, 1 failed, 2 wrong usage."""
+    p = parser()
+    arguments = p.parse_args(argv)
+    if arguments.out.suffix not in LAYOUTS:
+        p.error(f"OUT is {arguments.out}: its suffix must be one of {', '.join(LAYOUTS)}")
+    if arguments.out.exists() and not arguments.overwrite:
+        p.error(f"{arguments.out} is there already: name another file, or pass --overwrite")
+    try:
+        report = convert(arguments.given, arguments.out, arguments.arch)
+    except (CheckpointError, OSError) as e:
+        return complain(PROGRAM, e, FAILED)
+    except KeyboardInterrupt:
+        return complain(PROGRAM, "interrupted", INTERRUPTED)
+    print(json.dumps(report, indent=1) if arguments.json else _text(report))
+    return OK
+
+
+def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
+    """Write the weights of `given` to `out` in the layout of its suffix; returns what changed.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not those of a network of ours.
+        OSError: `out` cannot be written; what was there stays.
+    """
+    weights = read_weights(given)
+    flat = {name: value for name, value in _flat(weights) if isinstance(value, Tensor)}
+    dropped = [name for name, value in _flat(weights) if not isinstance(value, Tensor)]
+    current = to_current(flat)
+    if arch is not None:
+        count = count_classes(current)
+        network = create_model(arch, **({} if count is None else {"num_classes": count}))
+        fit(current, network)
+    layout = LAYOUTS[out.suffix]
+    names = to_legacy(dict(zip(current, flat))) if layout == "legacy" else dict(zip(current, flat))
+    state = dict(zip(names, (current[name].detach().clone().contiguous() for name in current)))
+    if layout == "iabn_hub":
+        facts = {"arch": arch or "", "source": given.name, "source_md5": md5_of(given), "converter": CONVERTER}
+        metadata = {name: value for name, value in (facts | {"iabn_hub": __version__}).items() if value}
+        save_safetensors(state, out, metadata)
+    else:
+        content = io.BytesIO()
+        torch.save({"state_dict": _parts(state)}, content)
+        write_atomically(out, content.getvalue())
+    return {
+        "in": str(given),
+        "out": str(out),
+        "from": "legacy" if is_legacy(to_bare(flat)) else "iabn_hub",
+        "to": layout,
+        "tensors": len(state),
+        "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
+        "renamed": {old: new for new, old in names.items() if old != new},
+        "left_out": dropped,
+        "bytes": out.stat().st_size,
+        "md5": md5_of(out),
+    }
+
+
+def to_bare(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the prefix of a data-parallel wrapper."""
+    return {name.removeprefix("module."): value for name, value in names.items()}
+
+
+def _flat(weights: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in weights.items():
+        inside = isinstance(value, Mapping)
+        found += _flat(value, f"{prefix}{name}.") if inside else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of a segmentation network, the three state dicts that its scripts load; else one."""
+    if not any(name.startswith("body.") for name in state):
+        return dict(state)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        part, _, inner = name.partition(".")
+        parts.setdefault(part, {})[inner] = value
+    return dict(parts)
+
+
+def _text(report: dict[str, Any]) -> str:
+    renamed = list(report["renamed"].items())
+    lines = [
+        f"{report['out']}: {report['from']} to {report['to']}, {report['tensors']:,} tensors, "
+        f"{report['bytes']:,} bytes, md5 {report['md5']}",
+        f"  {len(renamed):,} renamed" + "".join(f"\n    {old} → {new}" for old, new in renamed[:SHOWN]),
+    ]
+    lines += ["    …"] if len(renamed) > SHOWN else []
+    if report["left_out"]:
+        lines.append(f"  left out, not tensors: {', '.join(report['left_out'][:SHOWN])}")
+    return "\n".join(lines)
