@@ -14,7 +14,7 @@ import torch
 from .checkpoints.catalogue import Checkpoint, find
 from .checkpoints.errors import UnknownNameError
 from .images import open_rgb
-from .models import ARCHITECTURES, create_model
+from .models import ARCHITECTURES, create_model, in_repository
 from .segmentation.palette import VISTAS, vistas
 
 DEFAULT_MODEL = "test_resnet_iabn.mnist"
@@ -47,7 +47,7 @@ class Classifier:
         self, name: str = DEFAULT_MODEL, *, checkpoint: str | os.PathLike[str] | None = None, device: str = "cpu"
     ) -> None:
         # A file of the caller's goes with any architecture, published weights or not.
-        named = (checkpoint is not None and name in ARCHITECTURES) or name.startswith(("hf-hub:", "local-dir:"))
+        named = (checkpoint is not None and name in ARCHITECTURES) or in_repository(name)
         record = None if named else find(name)
         if record and record.task != "classification":
             raise UnknownNameError(f"{record.name} is for {record.task}, not for classification")

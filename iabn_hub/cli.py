@@ -22,7 +22,7 @@ from .classify import DEFAULT_MODEL, SAMPLES, Classifier
 from .commands import FAILED, INTERRUPTED, OK, USAGE, complain
 from .doctor import examine
 from .images import ImageError
-from .models import ARCHITECTURES, create_model
+from .models import ARCHITECTURES, create_model, in_repository
 from .processes import usable_device
 from .segmentation import command as segmentation
 
@@ -261,7 +261,7 @@ def _classify(arguments: argparse.Namespace) -> int:
     except ValueError as e:
         return complain(PROGRAM, e, USAGE)
     model = arguments.model or DEFAULT_MODEL
-    if arguments.checkpoint is None:
+    if arguments.checkpoint is None and not in_repository(model):
         _find(model)
     classifier = Classifier(model, checkpoint=arguments.checkpoint, device=arguments.device)
     rows: list[dict[str, Any]] = []

@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Build a wheel that carries the native kernels, so that its users need no compiler.
+"""Build the wheels of a release: a pure one, and one that carries the native kernels, whose users need no compiler.
 
-    python tools/build_wheel.py                          CPU, and CUDA where a toolkit is found
+    python tools/build_wheel.py --check                  both; for the CPU, and for CUDA where a toolkit is found
     python tools/build_wheel.py --libraries build/       only the libraries, into a folder
+
+--check installs each into a fresh environment, over the packages of this one, and runs 'iabn-hub doctor' there: it must
+load the kernels that the wheel carries, or build those whose sources it carries, and they must compute what the
+reference computes.
 
 The CPU library holds every instruction set, the CUDA library every architecture of the list, compressed, and PTX for
 GPUs to come. CUDA kernels that read 16 bytes at once may not spill registers; where others do, that is printed.
@@ -15,8 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+import venv
 from pathlib import Path
 
 from iabn_hub.layers import building
@@ -91,6 +97,49 @@ def build(device: str, architectures: list[str], to: Path) -> None:
         print(f"  some registers spilled in kernels that are not hot: {', '.join(others)}")
 
 
+def pack(libraries: Path | None, out: Path) -> Path:
+    """The wheel, with these libraries in it; moved to `out` when it is whole."""
+    environment = {key: value for key, value in os.environ.items() if key != "IABN_HUB_NATIVE"}
+    if libraries is not None:
+        environment["IABN_HUB_NATIVE"] = str(libraries)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, str(ROOT)]
+        subprocess.run(command, env=environment, check=True)
+        (built,) = Path(folder).glob("*.whl")
+        return built.replace(out / built.name)
+
+
+def check(wheel: Path, native: bool) -> str:
+    """Install a wheel where nothing of this package is, and let it check itself; returns what it says.
+
+    Raises:
+        BuildError: it loads other kernels than it should, or they compute something else.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = Path(folder) / "venv"
+        venv.create(environment, with_pip=False, symlinks=True)
+        python = environment / "bin" / "python"
+        (packages,) = environment.glob("lib/python*/site-packages")
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages), str(wheel)]
+        subprocess.run(install, check=True)
+        # torch and the others, several GB, come from here; the wheel's own package stands before them.
+        (packages / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        own = {key: value for key, value in os.environ.items() if not key.startswith(("IABN_HUB_", "PYTHONPATH"))}
+        settings = {"IABN_HUB_BUILD_DIR": f"{folder}/kernels", "IABN_HUB_BACKEND": "native"}
+        settings["IABN_HUB_BUILD"] = "0" if native else "1"
+        command = [str(python), "-m", "iabn_hub", "doctor", "--json"]
+        done = subprocess.run(command, env=own | settings, cwd=folder, capture_output=True, text=True, check=False)
+        try:
+            devices = json.loads(done.stdout)["devices"]
+        except ValueError as e:
+            raise building.BuildError(f"{wheel.name} does not start: {done.stderr.strip()[-500:]}") from e
+        wanted = "prebuilt with the package" if native else "built with"
+        if done.returncode or not devices["cpu"]["reason"].startswith(wanted):
+            raise building.BuildError(f"{wheel.name}: {devices['cpu']}")
+        return "; ".join(f"{name}: {d['backend']}, {d['reason']}; {d['self_check']}" for name, d in devices.items())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -99,6 +148,7 @@ def main() -> int:
     parser.add_argument("--architectures", nargs="+", default=list(building.CUDA_ARCHITECTURES), metavar="X.Y")
     parser.add_argument("--libraries", type=Path, metavar="FOLDER", help="write the libraries there, and no wheel")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheel (default: dist)")
+    parser.add_argument("--check", action="store_true", help="install each wheel in a fresh environment, and try it")
     arguments = parser.parse_args()
     devices = arguments.devices
     if devices is None:
@@ -116,13 +166,14 @@ def main() -> int:
                 build(device, arguments.architectures, libraries)
             if arguments.libraries:
                 return 0
-            command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(arguments.out), str(ROOT)]
-            subprocess.run(command, env=os.environ | {"IABN_HUB_NATIVE": str(libraries)}, check=True)
+            for native in (None, libraries):
+                wheel = pack(native, arguments.out)
+                print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
+                if arguments.check:
+                    print(f"  {check(wheel, native is not None)}", flush=True)
     except (building.BuildError, subprocess.CalledProcessError, OSError) as e:
         print(f"build_wheel: {e}", file=sys.stderr)
         return 1
-    for wheel in sorted(arguments.out.glob("iabn_hub-*.whl"), key=lambda path: path.stat().st_mtime)[-1:]:
-        print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -134,10 +134,7 @@ def to_legacy(state_dict: Mapping[str, T]) -> dict[str, T]:
             names[name] = _dense_prediction(name)
         else:
             names[name] = body + _legacy_name(name.removeprefix(body), before)
-    renamed = _renamed(state_dict, names)
-    if to_current(dict.fromkeys(renamed)).keys() != state_dict.keys():
-        raise CheckpointError("these weights have names that the earlier package does not know")
-    return renamed
+    return _renamed(state_dict, names)
 
 
 def _dense_prediction(name: str) -> str:
@@ -165,4 +162,6 @@ def _legacy_name(name: str, before: bool) -> str:
             module = f"mod{int(match[1]) + 1}" if name.startswith("layer") else ""
             block = int(match[2]) + 1 if "block{}" in replacement else 0
             return match.expand(replacement.replace("{}", module, 1).replace("{}", str(block), 1))
+    if not re.fullmatch(r"(conv|bn)\d\.\w+", name):  # of the stem
+        raise CheckpointError(f"{name}: the earlier package has no such name")
     return f"mod1.{name}"

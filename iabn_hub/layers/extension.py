@@ -1,4 +1,4 @@
-"""Finding the native kernels: prebuilt beside the package, else cached, else built by ninja, else none.
+"""Finding the native kernels: where the caller says, prebuilt beside the package, cached, built by ninja, or none.
 
 Nothing happens at import. The first layer that runs on a device asks `use_native`, which loads a library that
 registers its kernels for the operators of `ops`; without one the reference kernels, registered already, serve.
@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -82,6 +83,13 @@ def _library(device_type: str) -> tuple[Path, str]:
         raise BuildError(f"IABN_HUB_BUILD is {mode!r}: set it to 0 (never build), 1 or force (build anew)")
     if device_type not in ("cpu", "cuda") or (device_type == "cuda" and torch.version.cuda is None):
         raise BuildError(f"there are no native kernels for {device_type} with this torch")
+    published = os.environ.get("IABN_HUB_KERNELS", "")
+    if published:
+        place = _published_place(published)
+        try:
+            return _from_hub(*place, device_type), f"from the Hub, {published}"
+        except BuildError as e:
+            _logger.warning("%s. The other sources of kernels are tried.", e)
     prebuilt = PREBUILT / f"iabn_{device_type}.so"
     if mode != "force" and prebuilt.is_file() and _suits(prebuilt):
         try:
@@ -104,6 +112,32 @@ def _library(device_type: str) -> tuple[Path, str]:
             _build(recipe, target, forget=mode == "force")
             _load(target)
     return target, f"built with {' and '.join(recipe.tools)}"
+
+
+def _published_place(published: str) -> tuple[str, str]:
+    """Repository and commit. It is code that runs here, so only a full commit is taken: a branch may change."""
+    repo, _, revision = published.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise BuildError(
+            f"IABN_HUB_KERNELS is {published!r}: write ORG/NAME@COMMIT with all 40 digits of a commit, so that the "
+            "code that it names stays what it is"
+        )
+    return repo, revision
+
+
+def _from_hub(repo: str, revision: str, device_type: str) -> Path:
+    """Load what `tools/build_kernels.py` wrote, through the package `kernels`."""
+    try:
+        import kernels  # noqa: PLC0415 - few have it
+
+        backend = "cpu" if device_type == "cpu" else None
+        module = kernels.get_kernel(repo, revision=revision, backend=backend, trust_remote_code=True)
+        return Path(module.LIBRARY)
+    except ImportError as e:
+        raise BuildError(f"IABN_HUB_KERNELS needs the package kernels ({e}): pip install kernels") from e
+    except Exception as e:  # as many kinds as there are ways to fail on the way
+        first = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise BuildError(f"IABN_HUB_KERNELS: {repo}@{revision} cannot be loaded: {first}") from e
 
 
 def _suits(prebuilt: Path) -> bool:

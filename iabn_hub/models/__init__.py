@@ -36,6 +36,11 @@ for _record in records_at_import().values():
         )
 
 
+def in_repository(name: str) -> bool:
+    """Whether a name is one of timm's for a place with a config.json: 'hf-hub:ORG/NAME', 'local-dir:PATH'."""
+    return name.startswith((HUB, "local-dir:"))
+
+
 def list_models(pretrained: bool = False) -> list[str]:
     """Names for `create_model`: all architectures, or every `model.tag` with weights."""
     if not pretrained:
@@ -73,4 +78,4 @@ def create_model(
     return model
 
 
-__all__ = ["ARCHITECTURES", "MODELS", "SEGMENTERS", "create_model", "list_models"]
+__all__ = ["ARCHITECTURES", "MODELS", "SEGMENTERS", "create_model", "in_repository", "list_models"]

@@ -81,7 +81,7 @@ def _body(export: Export, repo: str) -> str:
         intro += f", trained on {export.dataset}"
     lines = [f"# {export.name}", "", f"{intro}."]
     if export.description:
-        lines += ["", f"{export.description}."]
+        lines += ["", f"{export.description.rstrip('.')}."]
     lines += ["", "## Figures", "", *_figures(export)] if export.results else []
     lines += ["", "## Use", "", *_usage(export, arch, repo)]
     lines += ["", "## Training", "", *_training(export)]

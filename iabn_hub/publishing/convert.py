@@ -83,7 +83,8 @@ def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
     current = to_current(flat)
     if arch is not None:
         count = count_classes(current)
-        network = create_model(arch, **({} if count is None else {"num_classes": count}))
+        classes: dict[str, Any] = {} if count is None else {"num_classes": count}
+        network = create_model(arch, **classes)
         fit(current, network)
     layout = LAYOUTS[out.suffix]
     names = to_legacy(dict(zip(current, flat))) if layout == "legacy" else dict(zip(current, flat))

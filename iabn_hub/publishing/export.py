@@ -34,6 +34,7 @@ WEIGHTS, CONFIG, CARD, RECIPE, PROVENANCE = (
     "model.safetensors", "config.json", "README.md", "recipe.json", "provenance.json",
 )  # fmt: skip
 LARGEST_SIDE = 128  # pixels of the image that a check shows to both networks
+KINDS = {"legacy": "legacy file", "iabn_hub": "file of iabn_hub"}
 PACKAGES = ("torch", "timm", "safetensors", "huggingface_hub")
 
 
@@ -82,7 +83,7 @@ def export_of(name: str, given: Path | None, recipes: Path) -> Export:
     path = fetch_checkpoint(record) if given is None else _verified(record, given)
     source = load_source(record.name, checkpoint=None if given is None else str(given))
     recipe = recipes / f"{record.name}.json"
-    origin = _digests(path) | {"kind": f"{record.layout} file", "file": record.filename}
+    origin = _digests(path) | {"kind": KINDS[record.layout], "file": record.filename}
     if record.google_drive_id:
         origin["google_drive_id"] = record.google_drive_id
     return Export(
@@ -225,6 +226,7 @@ def _config(export: Export) -> bytes:
         path = Path(folder) / CONFIG
         save_config_for_hf(source.model, str(path), config)
         content = json.loads(path.read_text())
+    content["model_args"].pop("num_classes", None)  # else a classifier of another size would be replaced, not refused
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

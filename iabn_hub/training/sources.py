@@ -18,7 +18,7 @@ from ..checkpoints.fit import count_classes
 from ..checkpoints.weights import read_weights
 from ..classify import labels_of
 from ..layers import ABN, InPlaceABN
-from ..models import MODELS, SEGMENTERS, create_model
+from ..models import MODELS, SEGMENTERS, create_model, in_repository
 from ..models.transfer import transfer
 from .network import options_of
 from .recipe import InputSection, SegmentationSection, recipe_from
@@ -72,7 +72,7 @@ def load_source(what: str, arch: str | None = None, checkpoint: str | None = Non
         UnknownNameError: neither a file nor a name.
         CheckpointError: the weights cannot be had, or the architecture is not known.
     """
-    if what.startswith(("hf-hub:", "local-dir:")):
+    if in_repository(what):
         return _from_timm(what)
     path = Path(what).expanduser()
     if path.is_dir():

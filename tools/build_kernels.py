@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""Build the native kernels as a repository for the package `kernels`, so that its users need no compiler.
+
+    python tools/build_kernels.py dist/kernels                 CPU, and CUDA where a toolkit is found
+    python tools/build_kernels.py dist/kernels --devices cpu
+
+    hf upload ORG/iabn dist/kernels . --repo-type kernel       sends it to the Hub
+
+The folder receives build/VARIANT/ for each device, named after the stable ABI of torch 2.10, and a README.md. Then
+
+    kernels.get_kernel("ORG/iabn", revision=COMMIT, trust_remote_code=True)     (backend="cpu" for a CPU's)
+
+loads the operators, and IABN_HUB_KERNELS=ORG/iabn@COMMIT makes the layer take them instead of building its own.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from build_wheel import build
+
+from iabn_hub import __version__
+from iabn_hub.layers import building
+from iabn_hub.layers import ops as schemas
+
+ROOT = Path(__file__).parent.parent
+INIT = '''"""The operators of in-place activated BatchNorm, compiled, in torch.ops.iabn_hub."""
+
+from ._ops import LIBRARY, ops
+
+__all__ = ["LIBRARY", "ops"]
+'''
+OPS = '''"""The library, for the operators that iabn_hub defines or, without it, the copy of its schemas."""
+
+from pathlib import Path
+
+import torch
+
+try:
+    import iabn_hub.layers.ops
+except ImportError:
+    from . import _schemas
+
+LIBRARY = str(Path(__file__).with_name("{library}"))
+torch.ops.load_library(LIBRARY)
+ops = torch.ops.iabn_hub
+'''
+README = """---
+library_name: kernels
+license: apache-2.0
+tags: [kernel, in-place-abn]
+---
+
+# Kernels of in-place activated BatchNorm
+
+Compiled for torch 2.10 and later (stable ABI) by `tools/build_kernels.py` of iabn_hub {version}.
+
+```python
+import kernels
+
+iabn = kernels.get_kernel("ORG/iabn", revision="COMMIT", trust_remote_code=True)
+mean, var = iabn.ops.statistics(x)  # x: (N, C, *)
+```
+
+The layer itself, with its backward pass, is in the package iabn_hub; `IABN_HUB_KERNELS=ORG/iabn@COMMIT` makes it load
+these instead of building its own.
+
+| variant | bytes | sha256 of the library |
+|---|---|---|
+{rows}
+"""
+
+
+def cuda_version() -> str:
+    """'13.0' of the toolkit that builds."""
+    facts = building.cuda_home() / "version.json"
+    if facts.is_file():
+        release = json.loads(facts.read_text())["cuda"]["version"]
+    else:
+        nvcc = str(building.cuda_home() / "bin" / "nvcc")
+        release = building.run([nvcc, "--version"]).partition("release ")[2].partition(",")[0]
+    return ".".join(release.split(".")[:2])
+
+
+def variant(device: str) -> str:
+    """The name by which `kernels` finds what suits a machine."""
+    backend = "cpu" if device == "cpu" else "cu" + cuda_version().replace(".", "")
+    return f"torch-stable-abi210-{backend}-{platform.machine()}-{platform.system().lower()}"
+
+
+def write_variant(out: Path, device: str, architectures: list[str]) -> tuple[str, Path]:
+    """Build one variant aside and move it into place; returns its name and its library."""
+    name = variant(device)
+    (out / "build").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out / "build", prefix=".partial-") as folder:
+        part = Path(folder) / name
+        part.mkdir()
+        build(device, architectures, part)
+        (part / "iabn_cuda.json").unlink(missing_ok=True)  # metadata.json says it here
+        library = part / f"iabn_{device}.abi3.so"
+        (part / f"iabn_{device}.so").rename(library)
+        (part / "__init__.py").write_text(INIT)
+        (part / "_ops.py").write_text(OPS.format(library=library.name))
+        shutil.copy(schemas.__file__, part / "_schemas.py")
+        backend = {"type": device} if device == "cpu" else {"type": device, "archs": architectures}
+        digest = hashlib.sha256(library.read_bytes()).hexdigest()
+        facts = {"id": f"iabn_{device}_{digest[:12]}", "name": "iabn", "version": 1, "license": "Apache-2.0",
+                 "python-depends": [], "backend": backend}  # fmt: skip
+        (part / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
+        target = out / "build" / name
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+    return name, target / library.name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the repository; variants of other devices there are kept")
+    parser.add_argument(
+        "--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda if it can be built"
+    )
+    parser.add_argument("--architectures", nargs="+", default=list(building.CUDA_ARCHITECTURES), metavar="X.Y")
+    arguments = parser.parse_args()
+    devices = arguments.devices
+    if devices is None:
+        devices = ["cpu"]
+        try:
+            building.cuda_home()
+            devices.append("cuda")
+        except building.BuildError as e:
+            print(f"without CUDA: {e}", file=sys.stderr)
+    if arguments.out.is_dir() and any(arguments.out.iterdir()) and not (arguments.out / "build").is_dir():
+        parser.error(f"{arguments.out} holds other files: name another folder")
+    try:
+        for device in devices:
+            _, library = write_variant(arguments.out, device, arguments.architectures)
+            print(f"{library.parent}: {library.stat().st_size:,} bytes")
+    except (building.BuildError, OSError) as e:
+        print(f"build_kernels: {e}", file=sys.stderr)
+        return 1
+    rows = [
+        f"| {library.parent.name} | {library.stat().st_size:,} | {hashlib.sha256(library.read_bytes()).hexdigest()} |"
+        for library in sorted((arguments.out / "build").glob("*/*.so"))
+    ]
+    (arguments.out / "README.md").write_text(README.format(version=__version__, rows="\n".join(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
