@@ -102,21 +102,27 @@ def write_variant(out: Path, device: str, architectures: list[str]) -> tuple[str
         part = Path(folder) / name
         part.mkdir()
         build(device, architectures, part)
-        (part / "iabn_cuda.json").unlink(missing_ok=True)  # metadata.json says it here
-        library = part / f"iabn_{device}.abi3.so"
-        (part / f"iabn_{device}.so").rename(library)
-        (part / "__init__.py").write_text(INIT)
-        (part / "_ops.py").write_text(OPS.format(library=library.name))
-        shutil.copy(schemas.__file__, part / "_schemas.py")
-        backend = {"type": device} if device == "cpu" else {"type": device, "archs": architectures}
-        digest = hashlib.sha256(library.read_bytes()).hexdigest()
-        facts = {"id": f"iabn_{device}_{digest[:12]}", "name": "iabn", "version": 1, "license": "Apache-2.0",
-                 "python-depends": [], "backend": backend}  # fmt: skip
-        (part / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
+        library = complete(part, device, architectures)
         target = out / "build" / name
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
     return name, target / library.name
+
+
+def complete(part: Path, device: str, architectures: list[str]) -> Path:
+    """Put beside a library what `kernels` needs of it; returns the library under its new name."""
+    (part / "iabn_cuda.json").unlink(missing_ok=True)  # metadata.json says it here
+    library = part / f"iabn_{device}.abi3.so"
+    (part / f"iabn_{device}.so").rename(library)
+    (part / "__init__.py").write_text(INIT)
+    (part / "_ops.py").write_text(OPS.format(library=library.name))
+    shutil.copy(schemas.__file__, part / "_schemas.py")
+    backend = {"type": device} if device == "cpu" else {"type": device, "archs": architectures}
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    facts = {"id": f"iabn_{device}_{digest[:12]}", "name": "iabn", "version": 1, "license": "Apache-2.0",
+             "python-depends": [], "backend": backend}  # fmt: skip
+    (part / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return library
 
 
 def main() -> int:

@@ -219,7 +219,7 @@ def _config(export: Export) -> bytes:
             "mean": list(images.mean), "std": list(images.std),
         }  # fmt: skip
     if source.task == "segmentation":
-        config["longest"] = source.longest
+        config |= {"longest": source.longest, "ignore": source.ignore}
     if source.classes and (source.record is None or source.record.dataset != "imagenet-1k"):
         config["label_names"] = list(source.classes)
     with tempfile.TemporaryDirectory() as folder:

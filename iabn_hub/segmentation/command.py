@@ -29,7 +29,6 @@ from .predict import Views, predict
 
 PROGRAM = "segment"
 DEFAULT_MODEL = "wider_resnet38_deeplab3_iabn.vistas"
-LONGEST = 2048  # of the published result
 DESCRIPTION = """Say what is where in photos: streets, by default.
 
 IN is a file, a folder (with all below it) or a pattern in quotes. OUT receives NAME.KIND.png for every KIND of
@@ -51,21 +50,20 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint", metavar="FILE", help="load this file of weights instead of fetching")
     p.add_argument("--output", dest="kinds", type=_words(KINDS), default=("palette",), metavar="KIND,…",
                    help=f"one or more of {', '.join(KINDS)} (default: palette)")  # fmt: skip
-    add_views(p, LONGEST)
+    add_views(p)
     p.add_argument("--batch-size", type=int, default=1, help="photos of one size at once (default: 1)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
     p.add_argument("--overwrite", action="store_true", help="make outputs anew that are there already")
 
 
-def add_views(p: Any, longest: int | None) -> None:
-    """The arguments of `views_of`, and --longest; by default that is the network's where `longest` is None."""
-    default = longest or "the network's"
+def add_views(p: Any) -> None:
+    """The arguments of `views_of`, and --longest."""
     p.add_argument("--scales", type=_numbers, default=(1.0,), metavar="X,…", help="such as 0.7,1,1.2 (default: 1)")
     p.add_argument("--flip", action="store_true", help="look at each mirrored as well")
     p.add_argument("--fusion", choices=tuple(FUSIONS), default="mean", help="of scales and mirrors (default: mean)")
-    p.add_argument("--longest", type=int, default=longest, metavar="PIXELS",
-                   help=f"longer side that the network is shown; 0: as it is (default: {default})")  # fmt: skip
+    p.add_argument("--longest", type=int, metavar="PIXELS",
+                   help="longer side that the network is shown; 0: as it is (default: as validated)")  # fmt: skip
     p.add_argument("--tile", type=int, metavar="PIXELS", help="side of the largest piece (default: all at once)")
 
 
@@ -116,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path, Path]], everyone: Processes) -> int:
-    network, normalize, palette = _load(arguments, everyone)
+    network, normalize, palette, longest = _load(arguments, everyone)
     wanted = [(file, output_paths(arguments.out, below, arguments.kinds)) for file, below in files]
     # Decided once: a process that looks later would find what the others have written meanwhile.
     there = everyone.from_first([not arguments.overwrite and all(p.exists() for p in to.values()) for _, to in wanted])
@@ -125,7 +123,7 @@ def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path
     mine = todo[everyone.rank :: everyone.count]
     done: list[dict[str, Any]] = []
     bar = tqdm(total=len(mine), unit="photo", disable=None if everyone.first else True)
-    for batch in _batches(mine, arguments.longest, arguments.batch_size, done):
+    for batch in _batches(mine, longest, arguments.batch_size, done):
         images = torch.stack([normalize(shown) for _, _, _, shown in batch]).to(everyone.device)
         with autocast(everyone.device, arguments.amp):
             values, classes = predict(network, images, views)
@@ -144,7 +142,7 @@ def _segment(arguments: argparse.Namespace, views: Views, files: list[tuple[Path
     return FAILED if failed else OK
 
 
-def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module, Any, Palette]:
+def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module, Any, Palette, int]:
     name, file = arguments.model, arguments.checkpoint
     # A file of the caller's goes with any architecture; with the name of published weights it has their classes.
     alone = file is not None and name in MODELS
@@ -155,7 +153,8 @@ def _load(arguments: argparse.Namespace, everyone: Processes) -> tuple[nn.Module
     values = v2.Normalize(source.input.mean, source.input.std)
     normalize = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), values])
     num_classes: Any = network.num_classes
-    return network, normalize, palette_of(num_classes, source.classes)
+    longest = source.longest if arguments.longest is None else arguments.longest
+    return network, normalize, palette_of(num_classes, source.classes), longest
 
 
 def _batches(

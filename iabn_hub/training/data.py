@@ -210,12 +210,13 @@ def _loader_options(workers: int, processes: Processes) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "collate_fn": collate,
-        "worker_init_fn": _start_modest_worker if processes.device.type == "cpu" else _start_worker,
+        "worker_init_fn": _start_modest_worker if processes.device.type == "cpu" else start_worker,
         "pin_memory": processes.device.type == "cuda",
     }
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """What every process that reads images does first."""
     # Ctrl-C and a cluster's SIGTERM reach the whole group; the main process decides, and ends its workers itself. One
     # that hangs ends half a minute later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -223,7 +224,7 @@ def _start_worker(_: int) -> None:
 
 
 def _start_modest_worker(number: int) -> None:
-    _start_worker(number)
+    start_worker(number)
     os.nice(MODEST)
 
 

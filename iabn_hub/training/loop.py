@@ -118,7 +118,7 @@ class Trainer:
         self.rows: list[Row] = []
         self.numbers = ("loss", *task.counts, "images", "stop")  # of a step, summed over its images and the processes
         self.sums = dict.fromkeys(self.numbers, 0.0)  # over the steps of this epoch
-        self.score: Outcome | None = None  # of the last epoch
+        self.details: dict[str, Any] = {}  # of the last validation
         self.saved: Path | None = None
         self.last_save = time.monotonic()
         self.readout = Readout(processes)
@@ -141,6 +141,7 @@ class Trainer:
             "rows": [dict(row) for row in self.rows],
             "recipe": asdict(self.recipe),
             "classes": self.classes,
+            "details": self.details,
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -157,6 +158,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
         self.sums, self.rows = dict(state["sums"]), list(state["rows"])
+        self.details = dict(state.get("details", {}))  # earlier snapshots had none
         self.saved = path
 
     def run(self, journal: Journal) -> None:
@@ -275,7 +277,8 @@ class Trainer:
         seconds = self.clock.seconds()
         rate = self.rate.set(self.optimizer, self.step - 1)
         self.processes.share_buffers(self.judged)
-        self.score = score = self.validate(self.judged)
+        score = self.validate(self.judged)
+        self.details = score.details()
         figures = score.figures()
         sums = self.sums
         row: Row = {

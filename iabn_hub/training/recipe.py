@@ -352,7 +352,7 @@ def _check(recipe: Recipe, path: str) -> None:
         ("train", images.scale_train, images.crop_train),
         ("val", images.scale_val, images.crop_val),
     ):
-        if 0 < size < crop:
+        if 0 < size < crop and recipe.task == "classification":
             raise RecipeError(f"{path}: input.scale_{key} is {size}, less than input.crop_{key}, which is {crop}")
 
 

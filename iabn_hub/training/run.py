@@ -23,7 +23,7 @@ from ..processes import Processes
 from .journal import Journal
 from .loop import Trainer
 from .network import build_network, options_of
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, RecipeError, recipe_from
 from .snapshots import Snapshots, read_snapshot
 from .sources import Source, load_source
 from .splits import DataError, Location
@@ -104,6 +104,7 @@ def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[
     trainer.classes = classes
     if found:
         path, state = found
+        state["recipe"] = dataclasses.asdict(recipe_from(state["recipe"], str(path)))  # sections that it did not know
         _check_same(recipe, classes, loader.steps, path, state)
         trainer.restore(state, path)
         notes += [f"changed since the snapshot: {change}" for change in _changes(recipe, state["recipe"])]
@@ -265,10 +266,9 @@ def _finish(recipe: Recipe, out: Path, trainer: Trainer, classes: Any, journal: 
     weights = out / "model.safetensors"
     save_safetensors(state, weights, {"arch": recipe.model, "iabn_hub": __version__})
     write_atomically(out / "config.json", (json.dumps(_config(recipe, classes), indent=2) + "\n").encode())
-    judged, score = trainer.task.judged, trainer.score
+    judged = trainer.task.judged
     result = {name[4:]: value for name, value in last.items() if name.startswith("val_")}
-    if score is not None:
-        result |= score.details()
+    result |= trainer.details
     rows = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in trainer.rows]
     best = max(trainer.rows, key=lambda row: row[f"val_{judged[0]}"])
     report = {"model": recipe.model, "classes": classes, "result": result, "seconds": round(seconds, 1),
@@ -290,6 +290,7 @@ def _config(recipe: Recipe, classes: tuple[str, ...] | None) -> dict[str, Any]:
     classes_count = options.pop("num_classes")
     if options["norm_layer"] == "iabn_sync":
         options["norm_layer"] = "iabn"  # it is the same once it is trained
+    scenes = recipe.segmentation
     crop = images.crop_val if recipe.task == "classification" else images.crop_train
     scale = images.scale_val if images.scale_val > 0 and recipe.task == "classification" else crop
     return {
@@ -297,7 +298,7 @@ def _config(recipe: Recipe, classes: tuple[str, ...] | None) -> dict[str, Any]:
         "num_classes": classes_count,
         **({"label_names": list(classes)} if classes else {}),
         "model_args": options,
-        **({"longest": recipe.segmentation.longest_val} if recipe.task == "segmentation" else {}),
+        **({"longest": scenes.longest_val, "ignore": scenes.ignore} if recipe.task == "segmentation" else {}),
         "pretrained_cfg": {
             "num_classes": classes_count,
             "input_size": [3, crop, crop],

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from ..checkpoints.export import write_atomically
 from ..images import ImageError, open_rgb
 from ..processes import Processes
 from ..segmentation.pictures import resized
-from .data import Samples
+from .data import Samples, start_worker
 from .recipe import Recipe
 from .splits import DataError
 from .transforms import JITTER
 
+ORIENTATION = 0x0112  # the EXIF tag
 IGNORED, UNKNOWN = 255, 254  # in tensors of labels: nothing that counts; in the table: a number that means no class
 VISTAS = {"train": "training", "val": "validation"}
 EXPECTED = """expected ROOT/train/images/* and ROOT/train/labels/*.png, val likewise (and, for their names, \
@@ -57,13 +58,25 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def count(self) -> int:
+        """The number of classes."""
+        return int((self.table < UNKNOWN).sum())
+
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """The image, RGB, and the class of each pixel, 8 bits.
 
         Raises:
             ImageError: one of the files cannot be read, or they do not belong together.
         """
-        image, label = open_rgb(self.images[index]), self.read_label(index)
+        path = self.images[index]
+        image, label = open_rgb(path), self.read_label(index)
+        with Image.open(path) as file:
+            if file.getexif().get(ORIENTATION, 1) != 1:
+                raise ImageError(
+                    f"{path}: is turned by its EXIF orientation, and nothing says whether its labels are: store it "
+                    "upright, without that tag"
+                )
         if image.size != label.size:
             raise ImageError(f"{self.labels[index]}: is {label.size}, its image {image.size} pixels large")
         return image, label
@@ -77,6 +90,8 @@ class Scenes:
                     raise ImageError(
                         f"{path}: has mode {file.mode}; a label file has one number of 8 bits per pixel (L or P)"
                     )
+                if file.tile and file.tile[0][3] in ("L;2", "L;4"):  # Pillow would multiply the numbers
+                    raise ImageError(f"{path}: has 2 or 4 bits of grey; a label file has 8 bits per pixel (L or P)")
                 numbers = np.asarray(file)
         except ImageError:
             raise
@@ -84,10 +99,11 @@ class Scenes:
             raise ImageError(f"{path}: cannot be read as an image of labels: {e}") from e
         classes = self.table[numbers.astype(np.uint8)]
         if (classes == UNKNOWN).any():
-            known = int((self.table < UNKNOWN).sum())
+            known = self.count
             raise ImageError(
-                f"{path}: has the number {numbers[classes == UNKNOWN][0]}, which is none of the {known} classes: set "
-                "network.classes, or segmentation.ignore to the number that counts as nothing"
+                f"{path}: has the number {numbers[classes == UNKNOWN][0]}, which is none of the {known} classes: "
+                "say how many there are (network.classes), or which number counts as nothing (segmentation.ignore; "
+                "--ignore in validate.py)"
             )
         return Image.fromarray(classes)
 
@@ -103,28 +119,35 @@ def open_scenes(root: Path, split: str, classes: int, ignore: int = IGNORED) -> 
         DataError: the folder is laid out in no way that is known, or files are missing.
     """
     if (root / "leftImg8bit").is_dir():
-        return _cityscapes(root, split)
+        return _cityscapes(root, split, ignore)
     folder = next((root / name for name in (split, VISTAS.get(split, split)) if (root / name).is_dir()), None)
     if folder is None:
         raise DataError(f"{root / split} is not a folder: {EXPECTED}")
     labels_in = next((folder / name for name in ("labels", "v1.2/labels") if (folder / name).is_dir()), None)
     if labels_in is None or not (folder / "images").is_dir():
         raise DataError(f"{folder}: has no images and labels: {EXPECTED}")
-    images = sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    images = sorted(p for p in (folder / "images").rglob("*") if _is_image(p))
     labels = [(labels_in / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
     _check_files(folder, images, labels)
     named = _classes(root)
-    if (classes if named is None else len(named)) > UNKNOWN:
+    if named is not None and len(named) > UNKNOWN:
+        raise DataError(f"{root}: names {len(named)} classes, and a label file of 8 bits has room for {UNKNOWN}")
+    if named is None and classes > UNKNOWN:
         raise DataError(
             f"{root}: has no classes.json that names the classes, and {classes} are too many: write it, or say how "
             f"many there are (--set network.classes=…, 1 to {UNKNOWN})"
         )
     table = np.full(256, UNKNOWN, np.uint8)
     numbers = range(classes) if named is None else [n for n, (_, counts) in enumerate(named) if counts]
+    _check_ignored(root, ignore, numbers)
     table[: classes if named is None else len(named)] = IGNORED  # what the dataset itself leaves out
     table[list(numbers)] = range(len(numbers))
     table[[ignore, IGNORED]] = IGNORED
     return Scenes(images, labels, None if named is None else tuple(named[n][0] for n in numbers), table)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
 
 
 def _classes(root: Path) -> list[tuple[str, bool]] | None:
@@ -145,15 +168,26 @@ def _classes(root: Path) -> list[tuple[str, bool]] | None:
     return None
 
 
-def _cityscapes(root: Path, split: str) -> Scenes:
+def _check_ignored(root: Path, ignore: int, numbers: Iterable[int]) -> None:
+    if ignore in numbers:
+        raise DataError(
+            f"{root}: {ignore} is to be ignored (segmentation.ignore, --ignore), and is the number of a class: name "
+            'the classes in classes.json, {"labels": [{"readable": "void", "evaluate": false}, …]}, one for each number'
+        )
+
+
+def _cityscapes(root: Path, split: str, ignore: int) -> Scenes:
     for folder in (root / "leftImg8bit" / split, root / "gtFine" / split):  # torchvision would unpack archives
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder: {EXPECTED}")
     found = Cityscapes(str(root), split, mode="fine", target_type="semantic")
-    images, labels = [Path(path) for path in found.images], [Path(target[0]) for target in found.targets]
+    # torchvision's order is that of the disk.
+    pairs = sorted((Path(image), Path(target[0])) for image, target in zip(found.images, found.targets))
+    images, labels = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     _check_files(root, images, labels)
     table = np.full(256, UNKNOWN, np.uint8)
     trained = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < IGNORED), key=lambda c: c.train_id)
+    _check_ignored(root, ignore, [c.id for c in trained])
     table[[c.id for c in Cityscapes.classes if c.id >= 0]] = IGNORED
     table[[c.id for c in trained]] = range(len(trained))
     table[IGNORED] = IGNORED
@@ -275,10 +309,10 @@ class _Labels(Dataset[list[int] | None]):
 
     def __getitem__(self, index: int) -> list[int] | None:
         try:
-            found = np.unique(np.asarray(self.scenes.read_label(index)))
+            histogram = self.scenes.read_label(index).histogram()
         except ImageError:
             return None  # training says so when it comes there
-        return [int(number) for number in found if number < UNKNOWN]
+        return [number for number, pixels in enumerate(histogram[:UNKNOWN]) if pixels]
 
 
 def find_presence(scenes: Scenes, note: Path, workers: int, everyone: Processes) -> np.ndarray:
@@ -286,23 +320,26 @@ def find_presence(scenes: Scenes, note: Path, workers: int, everyone: Processes)
 
     The processes share the work; the first one writes the note.
     """
-    classes = int((scenes.table < UNKNOWN).sum())
     stats = [path.stat() for path in scenes.labels]
-    lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in zip(scenes.labels, stats)]
+    lines = [
+        f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns}" for path, stat in zip(scenes.labels, stats)
+    ]
     digest = hashlib.sha256("\n".join([scenes.table.tobytes().hex(), *lines]).encode()).hexdigest()
     known = everyone.from_first(_noted(note, digest) if everyone.first else None)
     if known is not None:
         return np.asarray(known)
     mine = range(everyone.rank, len(scenes), everyone.count)
     loader = DataLoader(
-        _Labels(scenes), batch_size=None, sampler=mine, num_workers=workers, generator=torch.Generator()
-    )
+        _Labels(scenes), batch_size=None, sampler=mine, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=start_worker,
+    )  # fmt: skip
     bar = tqdm(loader, "classes of the scenes", len(mine), unit="file", disable=None if everyone.first else True)
     rows = list(zip(mine, bar))
-    presence = np.zeros((len(scenes), classes), bool)
-    for index, found in _merged(everyone.gather(rows)):
+    presence = np.zeros((len(scenes), scenes.count), bool)
+    every = [row for share in everyone.gather(rows) for row in share]
+    for index, found in every:
         presence[index, found or []] = True
-    if everyone.first:
+    if everyone.first and all(found is not None for _, found in every):  # else another time may read more
         file = io.BytesIO()
         np.savez_compressed(file, digest=np.array(digest), presence=presence)
         os.makedirs(note.parent, exist_ok=True)
@@ -316,8 +353,3 @@ def _noted(note: Path, digest: str) -> np.ndarray | None:
             return content["presence"] if str(content["digest"]) == digest else None
     except Exception:  # not there, damaged, or another's: it is made again
         return None
-
-
-def _merged(shares: list[list[tuple[int, list[int] | None]]]) -> Iterator[tuple[int, list[int] | None]]:
-    for share in shares:
-        yield from share

@@ -30,7 +30,7 @@ class Source:
     """A network with its weights; `options` and `arch` would create another like it.
 
     `input` has the sizes that the weights were validated with, `longest` the longer side that a segmentation network is
-    shown; `classes` are their names, where known.
+    shown, `ignore` the number in its label files that counts as nothing; `classes` are their names, where known.
     """
 
     model: nn.Module
@@ -42,6 +42,7 @@ class Source:
     record: Checkpoint | None = None
     changes: list[str] = field(default_factory=list)
     longest: int = SegmentationSection.longest_val
+    ignore: int = SegmentationSection.ignore
 
     @property
     def task(self) -> str:
@@ -119,10 +120,11 @@ def _from_timm(name: str, file: Path | None = None) -> Source:
         options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         names = config.get("label_names")
         arch, longest = config["architecture"], int(config.get("longest", SegmentationSection.longest_val))
+        ignore = int(config.get("ignore", SegmentationSection.ignore))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise CheckpointError(f"{name}: config.json does not describe a network of ours ({e})") from e
     classes = tuple(names) if names else None
-    return Source(model, arch, options, name, _input_of(model), classes, longest=longest)
+    return Source(model, arch, options, name, _input_of(model), classes, longest=longest, ignore=ignore)
 
 
 def _from_snapshot(path: Path) -> Source:
@@ -131,8 +133,11 @@ def _from_snapshot(path: Path) -> Source:
     options = options_of(recipe)
     model = create_model(recipe.model, **options)
     model.load_state_dict(state["ema"] or state["model"])
-    longest = recipe.segmentation.longest_val
-    return Source(model, recipe.model, options, str(path), recipe.input, state["classes"], longest=longest)
+    scenes = recipe.segmentation
+    return Source(
+        model, recipe.model, options, str(path), recipe.input, state["classes"], longest=scenes.longest_val,
+        ignore=scenes.ignore,
+    )  # fmt: skip
 
 
 def _from_file(path: Path, arch: str | None) -> Source:

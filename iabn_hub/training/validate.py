@@ -41,6 +41,7 @@ EXAMPLES = """examples:
 """
 MANY_CLASSES = 20  # more of them are not all printed
 WORST = 10
+OF_SCENES = ("scales", "flip", "fusion", "longest", "tile", "ignore")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model", metavar="MODEL", help="name, name.tag, folder of a run, snapshot, or file of weights")
     p.add_argument("data", metavar="DATA", nargs="?", default="", help="a folder with val/CLASS/*")
     scenes = p.add_argument_group("protocol of segmentation")
-    add_views(scenes, None)
-    scenes.add_argument("--ignore", type=int, default=IGNORED, metavar="N", help="number in the label files that "
+    add_views(scenes)
+    scenes.add_argument("--ignore", type=int, metavar="N", help="number in the label files that "
                         f"counts as nothing, besides {IGNORED} and what the dataset leaves out")  # fmt: skip
     how = p.add_argument_group("protocol of classification")
     how.add_argument("--crop", type=int, metavar="PIXELS", help="side of the crop (default: the network's)")
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.data and not arguments.dataset:
         p.error("name the folder of the images: MODEL DATA")
     check_least(p, arguments, batch_size=1, workers=0, tolerance=0, crop=16, ignore=0)
+    if arguments.ignore is not None and arguments.ignore > IGNORED:
+        p.error(f"--ignore is {arguments.ignore}: it must be {IGNORED} or less")
     try:
         with processes(arguments.device) as everyone:
             return validate(arguments, everyone)
@@ -114,6 +117,9 @@ def validate(arguments: argparse.Namespace, everyone: Processes) -> int:
         source = source.rebuilt(**options)
     if source.task == "segmentation":
         return validate_scenes(arguments, source, everyone)
+    for name in OF_SCENES:
+        if getattr(arguments, name) != parser().get_default(name):
+            raise ValueError(f"--{name} is for segmentation, {source.text} is a classifier")
     protocol = _protocol(arguments, source)
     listed = _listed(source.record, protocol) if arguments.check else None
     if arguments.report:

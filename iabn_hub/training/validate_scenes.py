@@ -43,9 +43,12 @@ def validate_scenes(arguments: argparse.Namespace, source: Source, everyone: Pro
     if arguments.report:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
     count = source.options["num_classes"]
-    scenes = open_scenes(Path(arguments.data), arguments.split, count, arguments.ignore)
+    ignore = source.ignore if arguments.ignore is None else arguments.ignore
+    scenes = open_scenes(Path(arguments.data), arguments.split, count, ignore)
     if scenes.classes and len(scenes.classes) != count:
         raise DataError(f"{arguments.data} has {len(scenes.classes)} classes, {source.text} tells {count} apart")
+    if scenes.classes and source.record is None and source.classes not in (None, scenes.classes):
+        raise DataError(f"{arguments.data} has the classes {', '.join(scenes.classes[:5])} …, {source.text} others")
     classes = source.classes or scenes.classes or tuple(f"class {number}" for number in range(count))
     loader = val_loader(scenes, WholeScenes(longest), 1, arguments.workers, everyone, SceneSamples)
     score = evaluate_scenes(
@@ -54,6 +57,8 @@ def validate_scenes(arguments: argparse.Namespace, source: Source, everyone: Pro
     )  # fmt: skip
     if score.images == 0:
         raise DataError(f"{arguments.data}: none of its images can be read; the first: {score.broken[0]}")
+    if not score.confusion.any():
+        raise DataError(f"{arguments.data}: in {arguments.split}, no pixel counts: are there labels? See --ignore")
     facts = _facts(source, views, longest, score, classes, everyone)
     if listed:
         facts["check"] = {**listed, "difference": score.miou - listed["miou"], "tolerance": arguments.tolerance}
@@ -74,6 +79,8 @@ def protocol_of(views: Views, longest: int) -> str:
 def _listed(source: Source, views: Views, longest: int) -> dict[str, Any]:
     if source.record is None:
         raise ValueError("--check compares with the catalogue, so MODEL must be a name from 'iabn-hub list'")
+    if views.fusion != "mean" or views.tile is not None:
+        raise ValueError("--check compares with the catalogue's figures, which are without --fusion and --tile")
     wanted = protocol_of(views, longest)
     result = source.record.result(wanted)
     if result is None or result.miou is None:

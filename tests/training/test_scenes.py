@@ -112,8 +112,32 @@ def test_what_is_wrong_is_named(plain, tmp_path):
     (root / "classes.json").unlink()
     with pytest.raises(DataError, match=r"has no classes\.json that names the classes, and 1000 are too many"):
         open_scenes(root, "val", 1000)
+    with pytest.raises(DataError, match=r"1 is to be ignored .* and is the number of a class"):
+        open_scenes(root, "val", 3, ignore=1)
+    (root / "classes.json").write_text(json.dumps(["class"] * 300))
+    with pytest.raises(DataError, match="names 300 classes"):
+        open_scenes(root, "val", 3)
+    (root / "classes.json").unlink()
     with pytest.raises(DataError, match=r"none/train is not a folder: expected ROOT/train/images"):
         open_scenes(tmp_path / "none", "train", 3)
+
+
+def test_an_image_that_is_turned_is_refused(plain):
+    root = plain()
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    Image.new("RGB", (40, 24)).save(root / "train/images/city/0.jpg", exif=turned)
+    with pytest.raises(ImageError, match=r"0\.jpg: is turned by its EXIF orientation"):
+        open_scenes(root, "train", 3).read(0)
+
+
+def test_classes_may_be_left_out_by_name(plain):
+    root = plain()
+    labels = [{"readable": name, "evaluate": name != "void"} for name in ("void", "road", "sky")]
+    (root / "classes.json").write_text(json.dumps({"labels": labels}))
+    scenes = open_scenes(root, "train", 3)
+    assert (scenes.classes, scenes.count) == (("road", "sky"), 2)
+    assert set(np.asarray(scenes.read(5)[1]).ravel()) == {0, 1, IGNORED}
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 1.7])

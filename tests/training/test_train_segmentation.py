@@ -67,10 +67,12 @@ def test_a_tiny_network_learns_the_shapes(tmp_path, measure, capsys):
     assert page.read_text().count("<img") == 4
     capsys.readouterr()
     photo = data / "val" / "images" / "000.png"
-    line = ["segment", str(photo), str(tmp_path / "out"), "--model", str(out), "--longest", "160", "--json"]
+    line = ["segment", str(photo), str(tmp_path / "out"), "--model", str(out), "--json"]
     assert cli.main([*line, "--output", "raw,palette"]) == 0
     shown = json.loads(capsys.readouterr().out)["images"][0]
     assert set(shown["classes"]) <= set(report["classes"])
+    assert train(data, out, "--epochs", "3", "--resume", "auto") == 0  # there is nothing to do but the files
+    assert json.loads((out / "metrics.json").read_text())["result"] == report["result"]
     guess = np.asarray(Image.open(shown["outputs"]["raw"]))
     assert (guess == np.asarray(Image.open(data / "val" / "labels" / "000.png"))).mean() > 0.95
 
@@ -197,6 +199,11 @@ def test_validation_says_what_does_not_fit(scenes, measure, tmp_path):
     code, said = measure(run, other)
     assert code == 1
     assert f"{other} has 5 classes, {run} tells 4 apart" in said
+    (other / "classes.json").write_text('["disc", "background", "square", "triangle"]')
+    assert f"{run} others" in measure(run, other)[1]
+    (other / "classes.json").unlink()
+    Image.new("L", (64, 64), 255).save(other / "val" / "labels" / "000.png")
+    assert "no pixel counts" in measure(run, other)[1]
     _, once = measure(run, scenes)
     _, often = measure(run, scenes, "--scales", "1,1.5", "--flip", "--tile", "64")
     assert often["protocol"]["scales"] == [1.0, 1.5]
