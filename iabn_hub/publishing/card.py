@@ -73,10 +73,10 @@ def _protocol(result: Result) -> str:
 def _body(export: Export, repo: str) -> str:
     arch = export.name.partition(".")[0]
     parameters = sum(p.numel() for p in export.source.model.parameters())
-    intro = (
-        f"`{arch}` with in-place activated BatchNorm (iABN), which keeps about half the memory for the backward pass. "
-        f"{parameters:,} parameters, {export.source.options['num_classes']:,} classes"
-    )
+    kind = "in-place activated BatchNorm (iABN), which keeps about half the memory for the backward pass"
+    if export.source.options.get("norm_layer", "abn" if arch.endswith("_abn") else "iabn") == "abn":
+        kind = "standard BatchNorm"
+    intro = f"`{arch}` with {kind}. {parameters:,} parameters, {export.source.options['num_classes']:,} classes"
     if export.dataset:
         intro += f", trained on {export.dataset}"
     lines = [f"# {export.name}", "", f"{intro}."]
