@@ -14,7 +14,6 @@ loads the operators, and IABN_HUB_KERNELS=ORG/iabn@COMMIT makes the layer take t
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -23,9 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from build_wheel import build
+from build_wheel import add_targets, build, devices_of
 
 from iabn_hub import __version__
+from iabn_hub.checkpoints.verify import sha256_of
 from iabn_hub.layers import building
 from iabn_hub.layers import ops as schemas
 
@@ -118,7 +118,7 @@ def complete(part: Path, device: str, architectures: list[str]) -> Path:
     (part / "_ops.py").write_text(OPS.format(library=library.name))
     shutil.copy(schemas.__file__, part / "_schemas.py")
     backend = {"type": device} if device == "cpu" else {"type": device, "archs": architectures}
-    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    digest = sha256_of(library)
     facts = {"id": f"iabn_{device}_{digest[:12]}", "name": "iabn", "version": 1, "license": "Apache-2.0",
              "python-depends": [], "backend": backend}  # fmt: skip
     (part / "metadata.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -128,19 +128,9 @@ def complete(part: Path, device: str, architectures: list[str]) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the repository; variants of other devices there are kept")
-    parser.add_argument(
-        "--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda if it can be built"
-    )
-    parser.add_argument("--architectures", nargs="+", default=list(building.CUDA_ARCHITECTURES), metavar="X.Y")
+    add_targets(parser)
     arguments = parser.parse_args()
-    devices = arguments.devices
-    if devices is None:
-        devices = ["cpu"]
-        try:
-            building.cuda_home()
-            devices.append("cuda")
-        except building.BuildError as e:
-            print(f"without CUDA: {e}", file=sys.stderr)
+    devices = devices_of(arguments)
     if arguments.out.is_dir() and any(arguments.out.iterdir()) and not (arguments.out / "build").is_dir():
         parser.error(f"{arguments.out} holds other files: name another folder")
     try:
@@ -151,7 +141,7 @@ def main() -> int:
         print(f"build_kernels: {e}", file=sys.stderr)
         return 1
     rows = [
-        f"| {library.parent.name} | {library.stat().st_size:,} | {hashlib.sha256(library.read_bytes()).hexdigest()} |"
+        f"| {library.parent.name} | {library.stat().st_size:,} | {sha256_of(library)} |"
         for library in sorted((arguments.out / "build").glob("*/*.so"))
     ]
     (arguments.out / "README.md").write_text(README.format(version=__version__, rows="\n".join(rows)))

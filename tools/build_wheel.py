@@ -140,24 +140,35 @@ def check(wheel: Path, native: bool) -> str:
         return "; ".join(f"{name}: {d['backend']}, {d['reason']}; {d['self_check']}" for name, d in devices.items())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what kernels are built for."""
     parser.add_argument(
         "--devices", nargs="+", choices=("cpu", "cuda"), help="default: cpu, and cuda if it can be built"
     )
     parser.add_argument("--architectures", nargs="+", default=list(building.CUDA_ARCHITECTURES), metavar="X.Y")
+
+
+def devices_of(arguments: argparse.Namespace) -> list[str]:
+    """The devices that were asked for, or all that kernels can be built for here."""
+    if arguments.devices is not None:
+        return list(arguments.devices)
+    devices = ["cpu"]
+    try:
+        building.cuda_home()
+        devices.append("cuda")
+    except building.BuildError as e:
+        print(f"without CUDA: {e}", file=sys.stderr)
+    return devices
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_targets(parser)
     parser.add_argument("--libraries", type=Path, metavar="FOLDER", help="write the libraries there, and no wheel")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheel (default: dist)")
     parser.add_argument("--check", action="store_true", help="install each wheel in a fresh environment, and try it")
     arguments = parser.parse_args()
-    devices = arguments.devices
-    if devices is None:
-        devices = ["cpu"]
-        try:
-            building.cuda_home()
-            devices.append("cuda")
-        except building.BuildError as e:
-            print(f"without CUDA: {e}", file=sys.stderr)
+    devices = devices_of(arguments)
     try:
         with tempfile.TemporaryDirectory() as folder:
             libraries = arguments.libraries or Path(folder)

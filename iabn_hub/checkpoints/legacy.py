@@ -85,8 +85,8 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
     Raises:
         CheckpointError: two keys would get the same name.
     """
-    flat = _flat(state_dict)
-    bare = _renamed(flat, {name: name.removeprefix("module.") for name in flat})
+    every = flat(state_dict)
+    bare = _renamed(every, {name: name.removeprefix("module.") for name in every})
     if not is_legacy(bare):
         return bare
     names = {name: current_name(name) for name in bare}
@@ -96,15 +96,15 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
     return _renamed(bare, names)
 
 
-def _flat(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def flat(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """One state dict of several, each name behind that of its part."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in state_dict.items():
         if isinstance(value, Mapping):
-            flat.update((f"{name}.{inner}", each) for inner, each in value.items())
+            found.update((f"{name}.{inner}", each) for inner, each in value.items())
         else:
-            flat[name] = value
-    return flat
+            found[name] = value
+    return found
 
 
 def _renamed(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:

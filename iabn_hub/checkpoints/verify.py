@@ -9,7 +9,16 @@ from pathlib import Path
 
 def md5_of(path: Path) -> str:
     """The md5 of a file's bytes, in lowercase hexadecimal."""
-    digest = hashlib.md5(usedforsecurity=False)
+    return _digest_of(path, "md5")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in lowercase hexadecimal."""
+    return _digest_of(path, "sha256")
+
+
+def _digest_of(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)

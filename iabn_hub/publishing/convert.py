@@ -16,7 +16,7 @@ from .. import __version__
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.export import save_safetensors, write_atomically
 from ..checkpoints.fit import count_classes, fit
-from ..checkpoints.legacy import is_legacy, to_current, to_legacy
+from ..checkpoints.legacy import flat, is_legacy, to_current, to_legacy
 from ..checkpoints.verify import md5_of
 from ..checkpoints.weights import read_weights
 from ..commands import FAILED, INTERRUPTED, OK, complain
@@ -77,17 +77,18 @@ def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
         CheckpointError: they cannot be read, or are not those of a network of ours.
         OSError: `out` cannot be written; what was there stays.
     """
-    weights = read_weights(given)
-    flat = {name: value for name, value in _flat(weights) if isinstance(value, Tensor)}
-    dropped = [name for name, value in _flat(weights) if not isinstance(value, Tensor)]
-    current = to_current(flat)
+    everything = flat(read_weights(given))
+    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
+    dropped = [name for name in everything if name not in tensors]
+    current = to_current(tensors)
     if arch is not None:
         count = count_classes(current)
         classes: dict[str, Any] = {} if count is None else {"num_classes": count}
         network = create_model(arch, **classes)
         fit(current, network)
     layout = LAYOUTS[out.suffix]
-    names = to_legacy(dict(zip(current, flat))) if layout == "legacy" else dict(zip(current, flat))
+    names = dict(zip(current, tensors))
+    names = to_legacy(names) if layout == "legacy" else names
     state = dict(zip(names, (current[name].detach().clone().contiguous() for name in current)))
     if layout == "iabn_hub":
         facts = {"arch": arch or "", "source": given.name, "source_md5": md5_of(given), "converter": CONVERTER}
@@ -100,7 +101,7 @@ def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
     return {
         "in": str(given),
         "out": str(out),
-        "from": "legacy" if is_legacy(to_bare(flat)) else "iabn_hub",
+        "from": "legacy" if is_legacy(tensors) else "iabn_hub",
         "to": layout,
         "tensors": len(state),
         "parameters": sum(value.numel() for value in state.values() if value.is_floating_point()),
@@ -109,19 +110,6 @@ def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
         "bytes": out.stat().st_size,
         "md5": md5_of(out),
     }
-
-
-def to_bare(names: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the prefix of a data-parallel wrapper."""
-    return {name.removeprefix("module."): value for name, value in names.items()}
-
-
-def _flat(weights: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in weights.items():
-        inside = isinstance(value, Mapping)
-        found += _flat(value, f"{prefix}{name}.") if inside else [(f"{prefix}{name}", value)]
-    return found
 
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ The same weights, versions and arguments give the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import tempfile
@@ -25,7 +24,7 @@ from ..checkpoints.catalogue import Checkpoint, Result, find, records
 from ..checkpoints.errors import CheckpointError, ChecksumError, UnknownNameError
 from ..checkpoints.export import save_safetensors, write_atomically
 from ..checkpoints.fetch import fetch_checkpoint
-from ..checkpoints.verify import md5_of
+from ..checkpoints.verify import md5_of, sha256_of
 from ..training.sources import Source, load_source
 from .card import model_card
 
@@ -134,19 +133,6 @@ def _of_run(name: str, place: Path) -> Export:
 
 def _digests(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "md5": md5_of(path), "sha256": sha256_of(path)}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_repository(export: Export, folder: Path, repo: str | None, overwrite: bool = False) -> dict[str, Path]:

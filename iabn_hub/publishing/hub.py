@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 
 from ..checkpoints.errors import CheckpointError
-from .export import sha256_of
+from ..checkpoints.verify import sha256_of
 
 T = TypeVar("T")
 ATTEMPTS = 5

@@ -34,8 +34,8 @@ def vistas() -> Palette:
 
 def palette_of(num_classes: int, names: Sequence[str] | None = None) -> Palette:
     """The colours that belong to these names where a dataset has its own, else hues that differ."""
-    if names is not None and tuple(names) == vistas().names:
-        return vistas()
+    if names is not None and tuple(names) == (known := vistas()).names:
+        return known
     colors = []
     for number in range(num_classes):
         light = (1.0, 0.75, 0.5)[number // 12 % 3]

@@ -226,10 +226,11 @@ class Trainer:
             with model.no_sync() if kept_back else contextlib.nullcontext():
                 with autocast(device, training.amp):
                     logits = model(images)
-                loss = self.task.loss(logits.float(), targets, smoothing)
+                logits = self.task.at_labels(logits.float(), labels)
+                loss = self.task.loss(logits, targets, smoothing)
                 self.scaler.scale(loss / training.accumulate).backward()
             with torch.no_grad():
-                counts = [loss * len(labels), *self.task.count(logits.float(), labels)]
+                counts = [loss * len(labels), *self.task.count(logits, labels)]
                 numbers[:-2] += torch.stack([count.double() for count in counts])
             numbers[-2] += len(labels)
         clip = self.recipe.optimizer.clip

@@ -77,7 +77,7 @@ def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[
     snapshots = Snapshots(options.out / "snapshots", options.keep)
     found = _start(options, snapshots, everyone)
     task = task_of(recipe)
-    source, held_out, classes = task.open(recipe, where, micro_batch(recipe, everyone))
+    source, held_out, classes = task.open(recipe, where, micro_batch(recipe, everyone.count))
     listed = recipe.network.classes
     if classes and len(classes) != listed:
         recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, classes=len(classes)))
@@ -158,7 +158,7 @@ def _check_batches(recipe: Recipe, count: int) -> None:
     batch, passes = recipe.optimizer.batch_size, recipe.training.accumulate
     if batch % (count * passes):
         raise RecipeError(f"--batch-size {batch} cannot be shared evenly by {count} processes × {passes} passes")
-    micro = batch // count // passes
+    micro = micro_batch(recipe, count)
     mixed = recipe.training.mixup or recipe.training.cutmix
     if micro < 2 or (mixed and micro % 2):
         need = "mixup and cutmix need an even number" if mixed else "normalising needs 2 or more"

@@ -59,8 +59,11 @@ class Task(Protocol):
     def check(self, labels: Tensor, classes: int) -> None:
         """Refuse labels that the network does not have."""
 
+    def at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits, in float32, where the labels are: what `loss` and `count` take."""
+
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-        """Cross-entropy, the mean over what counts; logits in float32."""
+        """Cross-entropy, the mean over what counts."""
 
     def count(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
         """What `counts` names, of one batch."""
@@ -72,9 +75,9 @@ class Task(Protocol):
         """Score a network on the held-out images."""
 
 
-def micro_batch(recipe: Recipe, everyone: Processes) -> int:
-    """Images that a process sees at a time."""
-    return recipe.optimizer.batch_size // recipe.training.accumulate // everyone.count
+def micro_batch(recipe: Recipe, processes: int) -> int:
+    """Images that each of so many processes sees at a time."""
+    return recipe.optimizer.batch_size // recipe.training.accumulate // processes
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -106,10 +109,13 @@ class Classification:
             training.seed, workers, everyone,
         )  # fmt: skip
         transform = val_transform(images.scale_val, images.crop_val)
-        return loader, val_loader(val, transform, micro_batch(recipe, everyone), workers, everyone)
+        return loader, val_loader(val, transform, micro_batch(recipe, everyone.count), workers, everyone)
 
     def check(self, labels: Tensor, classes: int) -> None:
         check_labels(labels, classes)
+
+    def at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits
 
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
@@ -163,20 +169,19 @@ class Segmentation:
     def check(self, labels: Tensor, classes: int) -> None:
         pass  # each file's were looked at when it was read
 
+    def at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.interpolate(logits, labels.shape[-2:], mode="bilinear")
+
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         # Not the mean that torch takes, which is NaN where nothing counts.
         total = F.cross_entropy(
-            self._full(logits, targets), targets.long(), ignore_index=IGNORED, label_smoothing=smoothing,
-            reduction="sum",
-        )  # fmt: skip
+            logits, targets.long(), ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum"
+        )
         return total / (targets != IGNORED).sum().clamp(min=1)
 
     def count(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
-        guesses = self._full(logits, labels).argmax(1)
+        guesses = logits.argmax(1)
         return [(guesses == labels).sum(), (labels != IGNORED).sum()]
-
-    def _full(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.interpolate(logits, labels.shape[-2:], mode="bilinear")
 
     def trained(self, sums: dict[str, float]) -> dict[str, float]:
         return {"accuracy": 100 * sums["right"] / max(sums["pixels"], 1)}

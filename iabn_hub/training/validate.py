@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from .scenes import IGNORED
 from .sources import Source, load_source
 from .splits import DataError, Location, classes_of, open_split
 from .transforms import Normalize, val_transform
-from .validate_scenes import validate_scenes
+from .validate_scenes import print_head, validate_scenes
 
 PROGRAM = "validate.py"
 DESCRIPTION = """Measure what a network gets right over every image of a split, each counted once, on one device or,
@@ -117,8 +116,9 @@ def validate(arguments: argparse.Namespace, everyone: Processes) -> int:
         source = source.rebuilt(**options)
     if source.task == "segmentation":
         return validate_scenes(arguments, source, everyone)
+    usual = parser()
     for name in OF_SCENES:
-        if getattr(arguments, name) != parser().get_default(name):
+        if getattr(arguments, name) != usual.get_default(name):
             raise ValueError(f"--{name} is for segmentation, {source.text} is a classifier")
     protocol = _protocol(arguments, source)
     listed = _listed(source.record, protocol) if arguments.check else None
@@ -232,13 +232,8 @@ def _facts(
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    if print_head(facts, as_json):
         return
-    for change in facts["changes"]:
-        print(change)
-    for reason in facts["skipped"]:
-        print(f"skipped: {reason}")
     rows = sorted(facts["per_class"], key=lambda row: row["top1"])
     shown = rows if len(rows) <= MANY_CLASSES else rows[:WORST]
     print(f"{'class':<30} {'images':>7} {'top-1':>8}" + ("" if shown is rows else f"   (the worst {WORST})"))

@@ -116,12 +116,19 @@ def _facts(
     }
 
 
-def _print(facts: dict[str, Any], as_json: bool) -> None:
+def print_head(facts: dict[str, Any], as_json: bool) -> bool:
+    """Print the facts of a validation as JSON, or what stands above its table; returns whether all is said."""
     if as_json:
         print(json.dumps(facts, indent=1, ensure_ascii=False))
-        return
+        return True
     for line in (*facts["changes"], *(f"skipped: {reason}" for reason in facts["skipped"])):
         print(line)
+    return False
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if print_head(facts, as_json):
+        return
     print(f"{'class':<30} {'pixels':>15} {'IoU':>8}")
     for row in facts["per_class"]:
         print(f"{row['label'][:30]:<30} {row['pixels']:>15,} {row['iou']:>7.2f}%")
