@@ -58,6 +58,8 @@ def _find(device_type: str) -> Status:
         raise BuildError(f"IABN_HUB_BACKEND is {wanted!r}: set it to 'reference' or 'native', or leave it out")
     if wanted == "reference":
         return Status("reference", "IABN_HUB_BACKEND=reference asks for it")
+    if device_type not in ("cpu", "cuda"):  # meta, mps …: nothing to demand, nothing to warn about
+        return Status("reference", f"there are no native kernels for {device_type}")
     try:
         path, reason = _library(device_type)
         return Status("native", reason, str(path))
@@ -65,14 +67,13 @@ def _find(device_type: str) -> Status:
         if wanted == "native":
             raise
         instead = "inductor" if device_type == "cuda" and has_triton() else "reference"
-        if device_type in ("cpu", "cuda"):
-            _logger.warning(
-                "the native %s kernels are not available: %s. The slower reference kernels serve%s; "
-                "'iabn-hub doctor' tells more, IABN_HUB_BACKEND=reference silences this.",
-                device_type.upper(),
-                e,
-                ", through torch.compile" if instead == "inductor" else "",
-            )
+        _logger.warning(
+            "the native %s kernels are not available: %s. The slower reference kernels serve%s; "
+            "'iabn-hub doctor' tells more, IABN_HUB_BACKEND=reference silences this.",
+            device_type.upper(),
+            e,
+            ", through torch.compile" if instead == "inductor" else "",
+        )
         return Status(instead, str(e))
 
 
@@ -81,8 +82,8 @@ def _library(device_type: str) -> tuple[Path, str]:
     mode = os.environ.get("IABN_HUB_BUILD", "1")
     if mode not in ("0", "1", "force"):
         raise BuildError(f"IABN_HUB_BUILD is {mode!r}: set it to 0 (never build), 1 or force (build anew)")
-    if device_type not in ("cpu", "cuda") or (device_type == "cuda" and torch.version.cuda is None):
-        raise BuildError(f"there are no native kernels for {device_type} with this torch")
+    if device_type == "cuda" and torch.version.cuda is None:
+        raise BuildError("this torch is built without CUDA")
     published = os.environ.get("IABN_HUB_KERNELS", "")
     if published:
         place = _published_place(published)

@@ -35,7 +35,7 @@ def test_cuda_agrees_with_cpu(shape, layout, dtype):
     results = []
     for device in ("cpu", "cuda"):
         here = copy.deepcopy(layer).to(device)
-        leaf, residual = x.to(device).requires_grad_(), r.to(device).requires_grad_()
+        leaf, residual = (v.detach().to(device).requires_grad_() for v in (x, r))
         y = here(leaf * 1, residual)
         y.backward(dy.to(device))
         found = [y, leaf.grad, residual.grad, here.weight.grad, here.bias.grad, here.running_mean, here.running_var]
@@ -54,6 +54,7 @@ def test_the_current_stream_is_used():
     layer = InPlaceABN(16).cuda()
     expected = layer(x.clone())
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)  # what reads before the copy is done reads zeros
         late = torch.zeros_like(x)
@@ -77,10 +78,11 @@ def test_a_training_step_can_be_captured_in_a_graph():
     network, x = a_network(), torch.randn(4, 3, 16, 16, device="cuda")
     twin = copy.deepcopy(network)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step(network, x)
-    side.synchronize()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(network, x)

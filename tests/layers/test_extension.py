@@ -126,3 +126,12 @@ def test_truncated_library_is_built_again(tmp_path):
     assert os.path.getsize(library) == whole
     assert doctor(**settings)[1]["devices"]["cpu"]["reason"] == "built earlier, from the cache"
     assert sorted(p.suffix for p in (tmp_path / "kernels").iterdir()) == [".lock", ".sha256", ".so"]
+
+
+@pytest.mark.parametrize("demanded", ["", "native"])
+def test_a_device_without_native_kernels_uses_the_reference_in_silence(fresh, demanded, caplog):
+    fresh.setenv("IABN_HUB_BACKEND", demanded)
+    y = InPlaceABN(4, device="meta")(torch.empty(3, 4, 5, device="meta"))
+    assert (y.shape, y.device.type) == ((3, 4, 5), "meta")
+    assert extension.use_native("meta").backend == "reference"
+    assert not caplog.records
