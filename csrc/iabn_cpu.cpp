@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -16,16 +18,24 @@ namespace {
 
 using namespace iabn;
 
+// IABN_HUB_CPU_CAPABILITY ("default", "avx2" or "avx512") caps the level: 0, 1 or 2. Python checks its spelling.
+int highest_level() {
+  const char* wanted = std::getenv("IABN_HUB_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return 2;
+  return std::strcmp(wanted, "avx512") == 0 ? 2 : std::strcmp(wanted, "avx2") == 0 ? 1 : 0;
+}
+
 const Kernels& kernels_for(Dtype dtype) {
   if (dtype == Dtype::f64) return kFloat64;
+  [[maybe_unused]] static const int highest = highest_level();
 #if defined(IABN_V4)
   static const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (v4) return kV4;
+  if (v4 && highest >= 2) return kV4;
 #endif
 #if defined(IABN_V3)
   static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  if (v3) return kV3;
+  if (v3 && highest >= 1) return kV3;
 #endif
   return kBaseline;
 }

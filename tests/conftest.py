@@ -9,7 +9,7 @@ import torch
 # Kernels are built once for all tests of a run, never into the caller's cache.
 KERNELS = tempfile.TemporaryDirectory(prefix="iabn_hub-kernels-")
 os.environ["IABN_HUB_BUILD_DIR"] = KERNELS.name
-KEPT = ("IABN_HUB_BUILD_DIR", "IABN_HUB_BACKEND")
+KEPT = ("IABN_HUB_BUILD_DIR", "IABN_HUB_BACKEND", "IABN_HUB_CPU_CAPABILITY")
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,8 @@ LEVELS = {
     "kV4": ["-march=x86-64-v4", "-DIABN_BF16"],
 }
 NEEDED = {"kV3": ("avx2", "fma", "bmi2"), "kV4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
+CAPABILITY = "IABN_HUB_CPU_CAPABILITY"  # caps the level, as ATEN_CPU_CAPABILITY does for torch's own kernels
+CAPABILITIES = {"default": "kBaseline", "avx2": "kV3", "avx512": "kV4"}
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math"]
 DRIVER_FLAGS = ["-O1", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # it only prepares what the kernels do
@@ -170,13 +172,21 @@ def covers(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
 
 
 def levels_here() -> dict[str, list[str]]:
-    """The instruction sets to compile for on this machine, with their flags."""
+    """The instruction sets to compile for on this machine, with their flags; `IABN_HUB_CPU_CAPABILITY` caps them.
+
+    Raises:
+        BuildError: that variable has another value than 'default', 'avx2' or 'avx512'.
+    """
+    cap = os.environ.get(CAPABILITY, "")
+    if cap and cap not in CAPABILITIES:
+        raise BuildError(f"{CAPABILITY} is {cap!r}: set it to {', '.join(CAPABILITIES)}, or leave it out")
     if platform.machine() != "x86_64":
         return {"kBaseline": [*LEVELS["kBaseline"], "-DIABN_BF16"]}
     features: set[str] = set()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         features = set(next(line for line in lines if line.startswith("flags")).split())
-    best = [level for level, needed in NEEDED.items() if features.issuperset(needed)]
+    allowed = list(LEVELS)[: list(LEVELS).index(CAPABILITIES[cap or "avx512"]) + 1]
+    best = [level for level, needed in NEEDED.items() if level in allowed and features.issuperset(needed)]
     return {level: LEVELS[level] for level in ["kBaseline", *best[-1:]]}
 
 

@@ -35,6 +35,16 @@ def test_the_toolkit_that_is_named_is_taken(toolkit):
     assert building.cuda_home() == home
 
 
+@pytest.mark.parametrize(("cap", "levels"), [("default", ["kBaseline"]), ("avx2", ["kBaseline", "kV3"])])
+def test_the_cpu_capability_can_be_capped(cap, levels, monkeypatch):
+    best = list(building.levels_here())
+    monkeypatch.setenv("IABN_HUB_CPU_CAPABILITY", cap)
+    assert list(building.levels_here()) == (levels if len(best) > 1 else best)
+    monkeypatch.setenv("IABN_HUB_CPU_CAPABILITY", "avx3")
+    with pytest.raises(building.BuildError, match="CPU_CAPABILITY is 'avx3': set it to default, avx2, avx512"):
+        building.levels_here()
+
+
 def test_a_toolkit_of_another_version_is_refused(toolkit):
     home = toolkit("12.6")
     with pytest.raises(building.BuildError, match=f"{home} is CUDA 12, but torch is built with CUDA 13.0"):

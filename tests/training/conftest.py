@@ -20,7 +20,7 @@ TINY = {
     },
     "optimizer": {
         "batch_size": 8,
-        "learning_rate": 0.05,
+        "learning_rate": 0.01,
         "nesterov": True,
         "clip": 0,
         "schedule": {"type": "cosine", "mode": "step", "epochs": 6},
