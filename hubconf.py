@@ -9,7 +9,10 @@ Every entry point takes
 and returns the network as timm.create_model does, in training mode. Loading compiles nothing.
 """
 
-dependencies = ["torch", "timm", "huggingface_hub", "safetensors", "requests", "filelock", "tqdm"]
+dependencies = [
+    "torch", "timm", "huggingface_hub", "safetensors", "requests", "filelock", "tqdm",
+    "click", "pydantic", "rich", "tenacity",
+]  # fmt: skip
 
 
 def _create(name, pretrained, tag, options):

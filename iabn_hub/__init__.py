@@ -13,6 +13,7 @@ from .layers import (
     inplace_abn,
     inplace_abn_sync,
     set_active_group,
+    use_backend,
 )
 from .models import create_model, list_models
 
@@ -31,4 +32,5 @@ __all__ = [
     "inplace_abn_sync",
     "list_models",
     "set_active_group",
+    "use_backend",
 ]

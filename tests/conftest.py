@@ -1,14 +1,19 @@
 """Every test runs offline in folders of its own, whatever the caller's environment says."""
 
+import json
 import os
 import tempfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # Kernels are built once for all tests of a run, never into the caller's cache.
 KERNELS = tempfile.TemporaryDirectory(prefix="iabn_hub-kernels-")
 os.environ["IABN_HUB_BUILD_DIR"] = KERNELS.name
+from iabn_hub.cli import main  # noqa: E402  (the variable above must be set first)
+
 KEPT = ("IABN_HUB_BUILD_DIR", "IABN_HUB_BACKEND", "IABN_HUB_CPU_CAPABILITY")
 
 
@@ -36,3 +41,79 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+# ---- small pictures that any network learns at once ------------------------------------------------------------------
+
+TINY = {
+    "network": {
+        "arch": "test_resnet",
+        "activation": "leaky_relu",
+        "bn_mode": "inplace",
+        "weight_init": "kaiming_normal",
+    },
+    "optimizer": {
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "nesterov": True,
+        "clip": 0,
+        "schedule": {"type": "cosine", "mode": "step", "epochs": 6},
+    },
+    "input": {"crop_train": 32, "scale_val": 32, "crop_val": 32, "color_jitter_train": True, "lighting_train": True},
+    "training": {"min_scale": 0.5},
+}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Dark and bright pictures, with grain, so that all batches have similar statistics."""
+
+    def make(root=tmp_path / "data", train=20, val=5, classes=("bright", "dark")):
+        random = np.random.RandomState(0)
+        for part, count in (("train", train), ("val", val)):
+            for number, name in enumerate(classes):
+                folder = root / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    grain = random.randint(-30, 31, (40, 40, 3))
+                    light = 220 - 190 * number // (len(classes) - 1)
+                    Image.fromarray((light + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Write the tiny recipe, with other values in its sections."""
+
+    def write(**changes):
+        content = {name: {**section, **changes.get(name, {})} for name, section in TINY.items()}
+        path = tmp_path / "tiny.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def train(tmp_path, recipe_file):
+    """Run 'iabn-hub train' on the tiny recipe in this process; returns its exit code."""
+
+    def run(data, *more, out=tmp_path / "run", recipe=None):
+        return main(["train", str(recipe or recipe_file()), str(data), "--out", str(out), "--workers", "0", *more])
+
+    return run
+
+
+@pytest.fixture
+def measure(capsys):
+    """Run 'iabn-hub validate' in this process; returns its exit code and its JSON, or its error."""
+
+    def run(model, data, *more):
+        capsys.readouterr()
+        code = main(["validate", str(model), str(data), "--workers", "0", "--json", *more])
+        said = capsys.readouterr()
+        return code, json.loads(said.out) if said.out else said.err
+
+    return run

@@ -18,15 +18,15 @@ import torch
 from benchmark import machine
 from torch.nn import functional as F
 
-from iabn_hub.processes import autocast, processes
-from iabn_hub.training.data import TrainLoader
-from iabn_hub.training.loop import Trainer
+from iabn_hub.datasets.folders import Location, classes_of, open_split
+from iabn_hub.datasets.loaders import TrainLoader
+from iabn_hub.datasets.transforms import Normalize, train_transform
+from iabn_hub.recipes.schema import find_recipe, read_recipe
 from iabn_hub.training.network import build_network, build_optimizer
-from iabn_hub.training.recipe import find_recipe, read_recipe
 from iabn_hub.training.snapshots import Snapshots
-from iabn_hub.training.splits import Location, classes_of, open_split
-from iabn_hub.training.tasks import task_of
-from iabn_hub.training.transforms import Normalize, train_transform
+from iabn_hub.training.task import task_of
+from iabn_hub.training.trainer import Trainer
+from iabn_hub.world import autocast, processes
 
 
 class Silent:

@@ -25,9 +25,9 @@ from pathlib import Path
 from build_wheel import add_targets, build, devices_of
 
 from iabn_hub import __version__
-from iabn_hub.checkpoints.verify import sha256_of
-from iabn_hub.layers import building
+from iabn_hub.files import sha256_of
 from iabn_hub.layers import ops as schemas
+from iabn_hub.layers.backends import building
 
 ROOT = Path(__file__).parent.parent
 INIT = '''"""The operators of in-place activated BatchNorm, compiled, in torch.ops.iabn_hub."""

@@ -25,7 +25,7 @@ import time
 import venv
 from pathlib import Path
 
-from iabn_hub.layers import building
+from iabn_hub.layers.backends import building
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Convert files of weights between layouts: python tools/convert_checkpoint.py IN OUT. See --help."""
+"""Convert files of weights: the same as 'iabn-hub convert'. See --help."""
 
 import sys
 
-from iabn_hub.publishing.convert import main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Publish checkpoints on the Hugging Face Hub: python tools/export_to_hub.py MODEL.TAG --repo ORG/NAME. See --help."""
+"""Export checkpoints to the Hugging Face Hub: the same as 'iabn-hub export'. See --help."""
 
 import sys
-from pathlib import Path
 
-from iabn_hub.publishing.command import main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).parent / "recipes"))
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Build a mirror of the checkpoints: python tools/make_mirror.py DIR. See --help."""
+"""Build a mirror of the checkpoints: the same as 'iabn-hub mirror'. See --help."""
 
 import sys
 
-from iabn_hub.publishing.mirror import main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["mirror", *sys.argv[1:]]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""`iabn-hub segment` for torchrun: turn photos into maps of classes, python tools/segment.py IN OUT. See --help."""
+"""Segment photos: the same as 'iabn-hub segment'. See --help."""
 
 import sys
 

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Train or fine-tune a network as a recipe says: python tools/train.py RECIPE DATA. See --help."""
+"""Train or fine-tune a network: the same as 'iabn-hub train'. See --help."""
 
 import sys
-from pathlib import Path
 
-from iabn_hub.training.command import main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).parent / "recipes"))
+    sys.exit(main(["train", *sys.argv[1:]]))

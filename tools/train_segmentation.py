@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""Train a segmentation network as a recipe says: python tools/train_segmentation.py RECIPE DATA. See --help."""
+"""Train or fine-tune a segmentation network: the same as 'iabn-hub train'. See --help."""
 
 import sys
-from pathlib import Path
 
-from iabn_hub.training.command import TRAIN_SEGMENTATION, main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).parent / "recipes", program=TRAIN_SEGMENTATION))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Measure a network's accuracy: python tools/validate.py MODEL DATA. See --help."""
+"""Measure a network: the same as 'iabn-hub validate'. See --help."""
 
 import sys
 
-from iabn_hub.training.validate import main
+from iabn_hub.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["validate", *sys.argv[1:]]))

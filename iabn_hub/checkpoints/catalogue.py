@@ -6,34 +6,27 @@ schema, separated as in PATH; their records come after ours. The README document
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
-import json
 import logging
-import math
 import os
 import re
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ..schema import Integer, parse, read_json, record_class, replaced, require, to_dict
 from .errors import CatalogueError, UnknownNameError
 
 _logger = logging.getLogger(__name__)
 ENVIRONMENT = "IABN_HUB_CATALOGUE"
-TASKS = ("classification", "segmentation")
-LAYOUTS = ("legacy", "iabn_hub")
-INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest", "box", "hamming")
 # What the caller decides, or the record says elsewhere.
 NOT_OPTIONS = {"num_classes", "in_chans", "features_only", "device", "dtype"}
 SUFFIXES = {"legacy": ".pth.tar", "iabn_hub": ".safetensors"}
 
 
-@dataclass(frozen=True)
+@record_class
 class Result:
     """One measured figure and how it was measured.
 
@@ -46,39 +39,36 @@ class Result:
     top1: float | None = None
     top5: float | None = None
     miou: float | None = None
-    resize: int | None = None
-    crop: int | None = None
+    resize: Integer | None = None
+    crop: Integer | None = None
     ten_crop: bool = False
-    images: int | None = None
+    images: Integer | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
-        _check_types(self)
         figures = [f for f in (self.top1, self.top5, self.miou) if f is not None]
-        _require(bool(figures), "a result needs top1, top5 or miou")
-        _require(all(0 <= f <= 100 for f in figures), f"figures are percentages, got {figures}")
+        require(bool(figures), "a result needs top1, top5 or miou")
+        require(all(0 <= f <= 100 for f in figures), f"figures are percentages, got {figures}")
 
 
-@dataclass(frozen=True)
+@record_class
 class Preprocessing:
     """How images become the network's input; sizes in pixels, mean and std for RGB values in 0..1."""
 
-    size: tuple[int, int, int] = (3, 224, 224)
+    size: tuple[Integer, Integer, Integer] = (3, 224, 224)
     crop_pct: float = 0.875
-    interpolation: str = "bilinear"
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest", "box", "hamming"] = "bilinear"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.size[0] > 0, f"size must have channels, got {self.size}")
-        _require(all(32 <= side <= 4096 for side in self.size[1:]), f"sides must be 32 to 4096 pixels, got {self.size}")
-        _one_of("interpolation", self.interpolation, INTERPOLATIONS)
-        _require(min(self.std) > 0, f"std must be positive, got {self.std}")
-        _require(0 < self.crop_pct <= 1, f"crop_pct must be in (0, 1], got {self.crop_pct}")
+        require(self.size[0] > 0, f"size must have channels, got {self.size}")
+        require(all(32 <= side <= 4096 for side in self.size[1:]), f"sides must be 32 to 4096 pixels, got {self.size}")
+        require(min(self.std) > 0, f"std must be positive, got {self.std}")
+        require(0 < self.crop_pct <= 1, f"crop_pct must be in (0, 1], got {self.crop_pct}")
 
 
-@dataclass(frozen=True)
+@record_class
 class HubFile:
     """A file in a Hugging Face Hub repository; the digest is its own."""
 
@@ -88,12 +78,11 @@ class HubFile:
     filename: str = "model.safetensors"
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo)), f"hub.repo is {self.repo!r}, not ORG/NAME")
+        require(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo)), f"repo is {self.repo!r}, not ORG/NAME")
         _check_md5(self.md5)
 
 
-@dataclass(frozen=True)
+@record_class
 class Checkpoint:
     """One published file of weights.
 
@@ -104,15 +93,15 @@ class Checkpoint:
     model: str
     tag: str
     md5: str
-    task: str = "classification"
-    layout: str = "legacy"
+    task: Literal["classification", "segmentation"] = "classification"
+    layout: Literal["legacy", "iabn_hub"] = "legacy"
     file: str | None = None
     google_drive_id: str | None = None
     hub: HubFile | None = None
     dataset: str = "imagenet-1k"
-    num_classes: int = 1000
+    num_classes: Integer = 1000
     classes: tuple[str, ...] | None = None
-    parameters: int | None = None
+    parameters: Integer | None = None
     input: Preprocessing = field(default_factory=Preprocessing)
     options: Mapping[str, Any] = field(default_factory=dict)
     results: tuple[Result, ...] = ()
@@ -124,16 +113,13 @@ class Checkpoint:
     catalogue: str = ""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.model)), f"model is {self.model!r}, not an identifier")
-        _require(bool(re.fullmatch(r"[A-Za-z0-9][\w-]*", self.tag)), f"tag is {self.tag!r}, not a word")
+        require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.model)), f"model is {self.model!r}, not an identifier")
+        require(bool(re.fullmatch(r"[A-Za-z0-9][\w-]*", self.tag)), f"tag is {self.tag!r}, not a word")
         _check_md5(self.md5)
-        _one_of("task", self.task, TASKS)
-        _one_of("layout", self.layout, LAYOUTS)
         misplaced = NOT_OPTIONS & set(self.options)
-        _require(not misplaced, f"options must not hold {', '.join(sorted(misplaced))}")
-        _require(self.num_classes > 0, f"num_classes must be positive, got {self.num_classes}")
-        _require(
+        require(not misplaced, f"options must not hold {', '.join(sorted(misplaced))}")
+        require(self.num_classes > 0, f"num_classes must be positive, got {self.num_classes}")
+        require(
             self.classes is None or len(self.classes) == self.num_classes,
             f"{len(self.classes or ())} classes are named, but num_classes is {self.num_classes}",
         )
@@ -148,73 +134,17 @@ class Checkpoint:
         """The name of the file in a cache or a mirror."""
         return self.name + SUFFIXES[self.layout]
 
-    def result(self, protocol: str) -> Result | None:
-        return next((r for r in self.results if r.protocol == protocol), None)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
+        return to_dict(self)
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _one_of(what: str, value: str, choices: Iterable[str]) -> None:
-    _require(value in choices, f"{what} is {value!r}: choose one of {', '.join(choices)}")
+    def result(self, protocol: str) -> Result | None:
+        """The figures of a protocol, or None."""
+        return next((r for r in self.results if r.protocol == protocol), None)
 
 
 def _check_md5(md5: str) -> None:
-    _require(bool(re.fullmatch(r"[0-9a-f]{32}", md5)), f"md5 is {md5!r}, not 32 lowercase hexadecimal digits")
-
-
-def _check_types(record: Any) -> None:
-    for name, wanted in typing.get_type_hints(type(record)).items():
-        value = getattr(record, name)
-        if not _is_a(value, wanted):
-            raise ValueError(f"{name} is {value!r}, expected {_spell(wanted)}")
-
-
-def _is_a(value: Any, wanted: Any) -> bool:
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is types.UnionType:
-        return any(_is_a(value, each) for each in arguments)
-    if origin is tuple:
-        fits = isinstance(value, tuple) and (arguments[-1] is Ellipsis or len(value) == len(arguments))
-        return fits and all(_is_a(v, arguments[0]) for v in value)
-    if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or wanted)
-
-
-def _spell(wanted: Any) -> str:
-    return wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)
-
-
-def _build(cls: Any, values: Any) -> Any:
-    """A record from parsed JSON; ValueError says what is wrong, with the nearest name for a misspelt field."""
-    _require(isinstance(values, dict), f"{cls.__name__} must be an object, got {values!r}")
-    known = {f.name: f for f in dataclasses.fields(cls) if f.name != "catalogue"}
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
-    required = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [n for n in required if n not in values]
-    _require(not missing, f"missing field {', '.join(missing)}")
-    nested = {"input": Preprocessing, "hub": HubFile}
-    converted = {}
-    for name, value in values.items():
-        if name in nested and value is not None:
-            value = _build(nested[name], value)
-        elif name == "results":
-            _require(isinstance(value, list), "results must be a list")
-            value = tuple(_build(Result, each) for each in value)
-        converted[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**converted)
+    require(bool(re.fullmatch(r"[0-9a-f]{32}", md5)), f"md5 is {md5!r}, not 32 lowercase hexadecimal digits")
 
 
 def read_catalogue(path: str | os.PathLike[str]) -> tuple[Checkpoint, ...]:
@@ -225,31 +155,27 @@ def read_catalogue(path: str | os.PathLike[str]) -> tuple[Checkpoint, ...]:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise CatalogueError(f"{path}: cannot read this catalogue ({e.strerror}); check {ENVIRONMENT}") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise CatalogueError(f"{path}: not a JSON file ({e})") from e
     if not isinstance(content, dict) or not isinstance(content.get("checkpoints"), list):
         raise CatalogueError(f"{path}: expected an object with a list 'checkpoints'")
     citations = content.get("citations", {})
     if not isinstance(citations, dict) or not all(isinstance(text, str) for text in citations.values()):
         raise CatalogueError(f"{path}: 'citations' must be an object of texts")
-    records = []
-    for index, values in enumerate(content["checkpoints"]):
-        label = f"checkpoints[{index}]"
-        if isinstance(values, dict) and values.get("model"):
-            label += f" ({values['model']}.{values.get('tag')})"
-        try:
-            record = _build(Checkpoint, values)
-            records.append(
-                dataclasses.replace(
-                    record, catalogue=str(path), citation=citations.get(record.citation, record.citation)
-                )
-            )
-        except (ValueError, TypeError) as e:
-            raise CatalogueError(f"{path}: {label}: {e}") from e
-    return tuple(records)
+    return tuple(_read_record(path, index, values, citations) for index, values in enumerate(content["checkpoints"]))
+
+
+def _read_record(path: Path, index: int, values: Any, citations: dict[str, str]) -> Checkpoint:
+    label = f"checkpoints[{index}]"
+    if isinstance(values, dict) and values.get("model"):
+        label += f" ({values['model']}.{values.get('tag')})"
+    if isinstance(values, dict) and "catalogue" in values:
+        raise CatalogueError(f"{path}: {label}: unknown key 'catalogue'")
+    found = parse(Checkpoint, values, lambda text: CatalogueError(f"{path}: {label}: {text}"))
+    return replaced(found, catalogue=str(path), citation=citations.get(found.citation, found.citation))
 
 
 BUILT_IN = Path(__file__).with_name("catalogue.json")

@@ -1,11 +1,9 @@
-"""One file over HTTP: resumed, retried, and with Google Drive's pages told apart from files."""
+"""One file over HTTP: resumed, retried, and with the pages of Google Drive distinguished from files."""
 
 from __future__ import annotations
 
 import html.parser
-import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urljoin
@@ -14,18 +12,15 @@ import requests
 from tqdm import tqdm
 
 from .errors import DownloadError
+from .retries import ATTEMPTS, TEMPORARY_STATUS, with_retries
 
-RETRY_STATUS = {408, 429, 500, 502, 503, 504}
-RETRIES = 4
-FIRST_PAUSE = 0.5  # seconds; doubles with each retry
-LONGEST_PAUSE = 60.0  # seconds; also the most that a server's Retry-After is obeyed
 TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
 LONGEST_PAGE = 1 << 20  # bytes of an HTML answer that are looked at
 CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 
 
-class _Transient(Exception):
-    """Worth another try; `after` is the server's Retry-After in seconds, if it gave one."""
+class _TemporaryError(Exception):
+    """Another attempt may succeed; `after` is the server's Retry-After in seconds, if it gave one."""
 
     def __init__(self, message: str, after: float | None = None) -> None:
         super().__init__(message)
@@ -76,31 +71,32 @@ def download(url: str, part: Path, bar: tqdm[Any]) -> None:
         DownloadError: the server refused, sent a page instead of a file, or kept failing.
         OSError: `part` cannot be written.
     """
+
+    def report(error: BaseException, pause: float) -> None:
+        bar.write(f"{_reason(error)}; next attempt in {pause:.1f} s", file=sys.stderr)
+
     with open_session() as session:
-        for attempt in range(RETRIES + 1):
-            try:
-                _attempt(session, url, part, bar)
-                return
-            except (_Transient, requests.RequestException, ValueError) as e:  # ValueError: a URL that is none
-                # Errors of the request itself will not go away; those of the connection may.
-                temporary = (
-                    _Transient, requests.ConnectionError, requests.Timeout,
-                    requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
-                )  # fmt: skip
-                reason = _reason(e)
-                if not isinstance(e, temporary):
-                    raise DownloadError(reason) from e
-                if attempt == RETRIES:
-                    raise DownloadError(f"{reason} (tried {RETRIES + 1} times)") from e
-                pause = FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)
-                if isinstance(e, _Transient) and e.after is not None:
-                    pause = e.after
-                pause = min(pause, LONGEST_PAUSE)
-                bar.write(f"{reason}; trying again in {pause:.1f} s", file=sys.stderr)
-                time.sleep(pause)
+        try:
+            with_retries(lambda: _attempt(session, url, part, bar), _is_temporary, _retry_after, report)
+        except (_TemporaryError, requests.RequestException, ValueError) as e:  # ValueError: not a URL
+            tried = f" (tried {ATTEMPTS} times)" if _is_temporary(e) else ""
+            raise DownloadError(_reason(e) + tried) from e
 
 
-def _reason(e: Exception) -> str:
+def _is_temporary(error: BaseException) -> bool:
+    # Failures of the connection may pass; those of the request itself will not.
+    return isinstance(
+        error,
+        _TemporaryError | requests.ConnectionError | requests.Timeout
+        | requests.exceptions.ChunkedEncodingError | requests.exceptions.ContentDecodingError,
+    )  # fmt: skip
+
+
+def _retry_after(error: BaseException) -> float | None:
+    return error.after if isinstance(error, _TemporaryError) else None
+
+
+def _reason(e: BaseException) -> str:
     if isinstance(e, requests.Timeout):
         return "the server did not answer in time"
     if isinstance(e, requests.exceptions.ChunkedEncodingError):
@@ -115,11 +111,11 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: tqdm[Any]) ->
     with _request(session, url, have) as response:
         if response.status_code == 416:  # what is there is longer than the file: not a part of it
             part.unlink(missing_ok=True)
-            raise _Transient("the server could not continue the download")
+            raise _TemporaryError("the server could not continue the download")
         continues = response.status_code == 206 and _range_start(response) == have
         if response.status_code == 206 and not continues:
             part.unlink(missing_ok=True)
-            raise _Transient("the server continued the download at the wrong place")
+            raise _TemporaryError("the server continued the download at the wrong place")
         start = have if continues else 0
         length = _whole_number(response.headers.get("Content-Length", ""))
         total = None if length is None else start + length
@@ -132,7 +128,7 @@ def _attempt(session: requests.Session, url: str, part: Path, bar: tqdm[Any]) ->
                 received += len(chunk)
                 bar.update(len(chunk))
     if total is not None and received != total:
-        raise _Transient(f"the connection ended after {received:,} of {total:,} bytes")
+        raise _TemporaryError(f"the connection ended after {received:,} of {total:,} bytes")
 
 
 def _range_start(response: requests.Response) -> int | None:
@@ -151,8 +147,10 @@ def _request(session: requests.Session, url: str, have: int) -> requests.Respons
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     for _ in range(3):
         response = session.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-        if response.status_code in RETRY_STATUS:
-            raise _Transient(f"HTTP {response.status_code}", _whole_number(response.headers.get("Retry-After", "")))
+        if response.status_code in TEMPORARY_STATUS:
+            raise _TemporaryError(
+                f"HTTP {response.status_code}", _whole_number(response.headers.get("Retry-After", ""))
+            )
         if response.status_code == 416:
             return response
         is_page = response.headers.get("Content-Type", "").startswith("text/html")

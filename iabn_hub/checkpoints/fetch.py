@@ -1,7 +1,7 @@
-"""From a catalogue record to a verified file on this machine.
+"""Fetch the file of a checkpoint and verify it.
 
-Sources in order: the cache, a mirror, a Hugging Face Hub repository, Google Drive. Whatever the source,
-a file gets its final name only after its md5 has matched.
+Sources in order: the cache, a mirror, a Hugging Face Hub repository, Google Drive. Whatever the source, a file gets its
+final name only after its md5 has matched.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import url2pathname
 
-import filelock
 import huggingface_hub
 import torch
 from tqdm import tqdm
 
+from ..files import LockTimeoutError, locked, md5_of
 from .catalogue import Checkpoint, HubFile
 from .download import download
-from .errors import CacheError, CheckpointError, ChecksumError, DownloadError, OfflineError
-from .verify import is_verified, md5_of, recheck, remember
+from .errors import CacheError, ChecksumError, DownloadError, OfflineError
+from .verify import is_verified, recheck, remember, require_md5
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
-LOCK_PATIENCE = 3600  # seconds another process may take for its download of the same file
+LOCK_TIMEOUT = 3600  # seconds another process may take for its download of the same file
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
@@ -59,6 +59,14 @@ def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None
     return candidates
 
 
+def verified_file(record: Checkpoint) -> Path | None:
+    """The verified file of a checkpoint on this machine, or None; downloads nothing."""
+    local = local_file(record)
+    if local:
+        return local if local.is_file() and md5_of(local) == record.md5 else None
+    return next((path for path, md5 in cached_files(record) if is_verified(path, md5)), None)
+
+
 def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
     """The verified file of a checkpoint, downloaded if it is not cached.
 
@@ -77,7 +85,11 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
     """
     local = local_file(record)
     if local:
-        return _verified_local(record, local)
+        way_out = (
+            "put the right file there (for the bundled network, install the package again), or correct "
+            f"{record.catalogue}"
+        )
+        return require_md5(local, record.md5, record.name, way_out)
     candidates = cached_files(record, cache)
     for path, md5 in candidates:
         if is_verified(path, md5):
@@ -102,35 +114,18 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
         return _from_sources(record, candidates, progress)
 
 
-def _verified_local(record: Checkpoint, path: Path) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"{record.name}: {path} does not exist; {record.catalogue} names it")
-    found = md5_of(path)
-    if found != record.md5:
-        raise ChecksumError(
-            f"{record.name}: {path} has md5 {found}, expected {record.md5}. It was not loaded: "
-            "put the right file there (for the bundled network, install the package again), "
-            f"or correct {record.catalogue}"
-        )
-    return path
-
-
 @contextlib.contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{target}.lock", timeout=LOCK_PATIENCE)
-        lock.acquire()
-    except filelock.Timeout as e:
-        raise CacheError(f"{target}: another process has held {e.lock_file} for {LOCK_PATIENCE} s; is it alive?") from e
-    except OSError as e:
-        raise CacheError(
-            f"cannot write to the cache folder {target.parent} ({e.strerror}): set IABN_HUB_CACHE to one that you can"
-        ) from e
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(target, LOCK_TIMEOUT))
+        except LockTimeoutError as e:
+            raise CacheError(f"{target}: {e}; is that process alive?") from e
+        except OSError as e:
+            raise CacheError(
+                f"cannot write to the cache folder {target.parent} ({e.strerror}): set IABN_HUB_CACHE to another one"
+            ) from e
         yield
-    finally:
-        lock.release()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ def is_legacy(names: Mapping[str, object]) -> bool:
 def current_name(name: str) -> str:
     """Our name for a legacy parameter or buffer; other names come back unchanged."""
     if name.startswith("body."):
-        return "body." + current_name(name.removeprefix("body."))
+        return "backbone." + current_name(name.removeprefix("body."))
     for old, new in _DENSE_PREDICTION.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -87,8 +87,8 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
     """
     every = flat(state_dict)
     bare = _renamed(every, {name: name.removeprefix("module.") for name in every})
-    if not is_legacy(bare):
-        return bare
+    if not is_legacy(bare):  # ours; the first release called the backbone 'body'
+        return _renamed(bare, {name: re.sub(r"^body\.", "backbone.", name) for name in bare})
     names = {name: current_name(name) for name in bare}
     # Pre-activation blocks have no norm on their projection, so that branch is the convolution alone.
     if not any(".downsample.1." in name for name in names.values()):
@@ -122,18 +122,17 @@ def to_legacy(state_dict: Mapping[str, T]) -> dict[str, T]:
     Raises:
         CheckpointError: it is not one of our networks.
     """
-    if "conv1.weight" not in state_dict and "body.conv1.weight" not in state_dict:
+    if "conv1.weight" not in state_dict and "backbone.conv1.weight" not in state_dict:
         raise CheckpointError("these are not the weights of one of our networks: there is no conv1.weight")
     names = {}
-    dense = "body.conv1.weight" in state_dict
-    body = "body." if dense else ""
+    ours, theirs = ("backbone.", "body.") if "backbone.conv1.weight" in state_dict else ("", "")
     # In pre-activation blocks the first norm stands before the branches, else inside.
-    before = any(name.startswith(f"{body}norm.") for name in state_dict)
+    before = any(name.startswith(f"{ours}norm.") for name in state_dict)
     for name in state_dict:
-        if dense and not name.startswith(body):
-            names[name] = _dense_prediction(name)
+        if name.startswith(ours):
+            names[name] = theirs + _legacy_name(name.removeprefix(ours), before)
         else:
-            names[name] = body + _legacy_name(name.removeprefix(body), before)
+            names[name] = _dense_prediction(name)
     return _renamed(state_dict, names)
 
 

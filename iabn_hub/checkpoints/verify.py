@@ -1,28 +1,12 @@
-"""Whether a file has the md5 it must have, and a note that saves hashing it at each load."""
+"""Verify files by md5, and remember the result so that a cached file is not read again at each load."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from pathlib import Path
 
-
-def md5_of(path: Path) -> str:
-    """The md5 of a file's bytes, in lowercase hexadecimal."""
-    return _digest_of(path, "md5")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in lowercase hexadecimal."""
-    return _digest_of(path, "sha256")
-
-
-def _digest_of(path: Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+from ..files import md5_of
+from .errors import CheckpointError, ChecksumError
 
 
 def is_verified(path: Path, md5: str) -> bool:
@@ -55,3 +39,22 @@ def _note(path: Path) -> Path:
 def _stamp(path: Path) -> tuple[str, str]:
     stat = path.stat()
     return str(stat.st_size), str(stat.st_mtime_ns)
+
+
+def require_md5(path: Path, md5: str, name: str, way_out: str) -> Path:
+    """The path of a file of the user's that has this md5.
+
+    Args:
+        name: of the checkpoint that it must be.
+        way_out: what to do about a wrong file, for the message.
+
+    Raises:
+        CheckpointError: it does not exist.
+        ChecksumError: it has another md5.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{name}: {path}: there is no such file")
+    found = md5_of(path)
+    if found != md5:
+        raise ChecksumError(f"{name}: {path} has md5 {found}, expected {md5}. It was not used: {way_out}")
+    return path

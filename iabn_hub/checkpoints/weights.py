@@ -1,16 +1,23 @@
-"""Reading a file of weights: tensors and plain values only, whatever the file says."""
+"""Read weights without running code, and write safetensors whose bytes depend on the weights alone."""
 
 from __future__ import annotations
 
+import json
 import pickle
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from ..files import write_atomically
 from .errors import CheckpointError
 
+BEST = "best.pt"  # the snapshot of the best epoch of a run
+SNAPSHOT_KEYS = {"model", "ema", "optimizer", "position", "recipe", "classes"}
 CONTAINERS = ("state_dict", "model")  # where training snapshots keep their weights
 
 
@@ -45,6 +52,23 @@ def read_weights(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """A snapshot of a training run: tensors and plain values, on the CPU.
+
+    Raises:
+        CheckpointError: not there, damaged, or not a snapshot.
+    """
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path}: there is no such file") from e
+    except Exception as e:  # a damaged file fails in as many ways as it has bytes
+        raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
+    if not isinstance(state, dict) or not state.keys() >= SNAPSHOT_KEYS:
+        raise CheckpointError(f"{path}: is not a snapshot of a training run; for a file of weights pass --arch")
+    return state
+
+
 WEIGHT_FILES = ("model.safetensors", "*.safetensors", "*.pth.tar", "*.pth", "*.pt", "*.bin")
 
 
@@ -61,3 +85,22 @@ def weights_in(folder: Path) -> Path:
         if found:
             return found[0]
     raise CheckpointError(f"{folder}: holds no weights (looked for {', '.join(WEIGHT_FILES)})")
+
+
+def save_safetensors(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write weights and metadata to `path`, overwriting it.
+
+    Args:
+        state_dict: dense tensors that share no memory.
+        metadata: string to string; written sorted by key, where the library itself writes them in random order.
+
+    Raises:
+        OSError: `path` cannot be written; nothing is left behind.
+    """
+    content = safetensors.torch.save(dict(state_dict), {"format": "pt", **metadata})
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    # Spaces behind the header are part of the format; they keep the tensors where they were.
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    write_atomically(path, content[:8] + text + content[8 + length :])

@@ -1,5 +1,6 @@
 """In-place activated batch normalisation: modules, functions, and the operators under them."""
 
+from .backends.loading import use_backend
 from .distributed import active_group, set_active_group
 from .functional import inplace_abn, inplace_abn_sync
 from .modules import ABN, InPlaceABN, InPlaceABNSync, convert_local, convert_sync
@@ -14,4 +15,5 @@ __all__ = [
     "inplace_abn",
     "inplace_abn_sync",
     "set_active_group",
+    "use_backend",
 ]

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from . import distributed, ops, reference
 from .activations import IDENTITY, gradient, invertible_activation
-from .extension import use_native
+from .backends.loading import chosen_backend, use_native
 
 
 def inplace_abn(
@@ -158,8 +158,10 @@ def kernels(x: Tensor) -> Any:
     """The operators for the device of x; while a compiler is tracing, the formulas behind them, so that it can fuse."""
     if torch.compiler.is_compiling():
         return reference
+    if chosen_backend() == "reference":
+        return reference
     if use_native(x.device.type).backend == "inductor":
-        from . import inductor  # noqa: PLC0415  (it loads torch's compiler)
+        from .backends import inductor  # noqa: PLC0415  (it loads torch's compiler)
 
         return inductor
     return ops

@@ -1,4 +1,4 @@
-"""DeepLabV3 for dense prediction, on a body of any of our families; published on a wide ResNet for Mapillary Vistas.
+"""DeepLabV3 for dense prediction, on a backbone of any family; published on a wide ResNet for Mapillary Vistas.
 
 Rethinking Atrous Convolution for Semantic Image Segmentation (https://arxiv.org/abs/1706.05587), with the pooling of
 In-Place Activated BatchNorm (https://arxiv.org/abs/1712.02616).
@@ -11,21 +11,22 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .build import build, default_cfgs_of
+from .builder import build
 from .iabn_resnet import TEST_RESNET, ResNet
 from .iabn_wider_resnet import LAYERS, WiderResNet
 from .network import NormFactory, norm_factory
+from .timm_config import default_cfgs_of
 
 HIDDEN = 256  # channels of each branch, and of the head's output
-DILATIONS = (12, 24, 36)  # of the 3×3 branches, in pixels of the body's map
-POOLING = (84, 84)  # pixels of the body's map that evaluation averages; 672 of the image at stride 8
+DILATIONS = (12, 24, 36)  # of the 3×3 branches, in pixels of the backbone's map
+POOLING = (84, 84)  # pixels of the backbone's map that evaluation averages; 672 of the image at stride 8
 
 
 class DeepLabV3Head(nn.Module):
     """Four branches and pooled context, joined: (N, inputs, H, W) to (N, HIDDEN, H, W).
 
     Args:
-        inputs: channels of the body's map.
+        inputs: channels of the backbone's map.
         norm: makes the norms, see `network.norm_factory`.
         pooling: in eval mode, the context of a pixel is the mean of a window of this size around it, clipped to the
             map, since images are larger there than the crops of training; None takes the mean of the map, as training
@@ -64,10 +65,10 @@ class DeepLabV3Head(nn.Module):
 
 
 class DeepLabV3(nn.Module):
-    """A body, the head, and a 1×1 classifier: images to logits at the body's stride.
+    """A backbone, the head, and a 1×1 classifier: images to logits at the backbone's stride.
 
     Args:
-        body: images (N, in_chans, H, W) to a map, or to a list of maps of which the last counts (timm's
+        backbone: images (N, in_chans, H, W) to a map, or to a list of maps of which the last counts (timm's
             `features_only`).
         channels: of that map.
         num_classes: 0 leaves the classifier out.
@@ -76,7 +77,7 @@ class DeepLabV3(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,
+        backbone: nn.Module,
         channels: int,
         num_classes: int,
         norm: NormFactory,
@@ -84,7 +85,7 @@ class DeepLabV3(nn.Module):
         where: Any = None,
     ) -> None:
         super().__init__()
-        self.body = body
+        self.backbone = backbone
         self.head = DeepLabV3Head(channels, norm, pooling, where)
         for module in self.head.modules():
             if isinstance(module, nn.Conv2d):
@@ -94,7 +95,7 @@ class DeepLabV3(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to (N, HIDDEN, H / stride, W / stride)."""
-        maps = self.body(x)
+        maps = self.backbone(x)
         return self.head(maps[-1] if isinstance(maps, (list, tuple)) else maps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,16 +114,16 @@ class DeepLabV3(nn.Module):
             self.fc = nn.Conv2d(HIDDEN, num_classes, 1, device=like.device, dtype=like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the body's blocks in the backward pass instead of keeping what is inside them."""
-        self.body.set_grad_checkpointing(enable)  # type: ignore[operator]
+        """Recompute the backbone's blocks in the backward pass instead of keeping what is inside them."""
+        self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
 class DeepLabV3Network(DeepLabV3):
-    """DeepLabV3 on a body of one of our families.
+    """DeepLabV3 on a backbone of one of our families.
 
     Args:
-        family: class of the body, such as `WiderResNet`.
-        architecture: what makes a body of that class the one that is meant, such as its `layers`.
+        family: class of the backbone, such as `WiderResNet`.
+        architecture: what makes a backbone of that class the one that is meant, such as its `layers`.
         output_stride: of the logits.
         num_classes, in_chans, norm_layer, activation, activation_param, signed_scale, device, dtype: as in
             `iabn_resnet.ResNet`. pooling: as in `DeepLabV3Head`.
@@ -144,17 +145,17 @@ class DeepLabV3Network(DeepLabV3):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         where = {"device": device, "dtype": dtype}
-        body = family(
+        backbone = family(
             **architecture, num_classes=0, in_chans=in_chans, output_stride=output_stride, global_pool="",
             norm_layer=norm_layer, activation=activation, activation_param=activation_param,
             signed_scale=signed_scale, **where,
         )  # fmt: skip
         norm = norm_factory(norm_layer, activation, activation_param, signed_scale, device, dtype)
-        super().__init__(body, body.num_features, num_classes, norm, pooling, where)
+        super().__init__(backbone, backbone.num_features, num_classes, norm, pooling, where)
         self.in_chans = in_chans
 
 
-default_cfgs = default_cfgs_of("wider_resnet38_deeplab3_iabn", "test_resnet_deeplab3_iabn", first_conv="body.conv1")
+default_cfgs = default_cfgs_of("wider_resnet38_deeplab3_iabn", "test_resnet_deeplab3_iabn", first_conv="backbone.conv1")
 
 
 def _deeplab(variant: str, pretrained: bool, options: dict[str, Any], family: Any, **architecture: Any) -> nn.Module:

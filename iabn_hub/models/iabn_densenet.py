@@ -9,9 +9,10 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
-from .build import build, default_cfgs_of
+from .builder import build
 from .network import NormFactory, named_sequence, norm_factory, stage_strides
 from .stem import StemmedNetwork
+from .timm_config import default_cfgs_of
 
 BOTTLENECK = 4  # channels of a layer's 1×1 convolution, in units of the growth
 

@@ -10,8 +10,9 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
-from .build import build, default_cfgs_of
+from .builder import build
 from .network import Network, NormFactory, norm_factory, stage_strides
+from .timm_config import default_cfgs_of
 
 
 class BasicBlock(nn.Module):

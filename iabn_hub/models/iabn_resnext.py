@@ -9,10 +9,11 @@ import torch
 from timm.models import register_model
 from torch import nn
 
-from .build import build, default_cfgs_of
+from .builder import build
 from .network import NormFactory, norm_factory, stage_strides
 from .preactivation import PreActivationBlock
 from .stem import StemmedNetwork
+from .timm_config import default_cfgs_of
 
 
 class ResNeXt(StemmedNetwork):

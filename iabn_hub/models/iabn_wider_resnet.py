@@ -9,9 +9,10 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
-from .build import build, default_cfgs_of
+from .builder import build
 from .network import Network, NormFactory, named_sequence, norm_factory, stage_strides
 from .preactivation import PreActivationBlock
+from .timm_config import default_cfgs_of
 
 WIDTHS: Tuple[Tuple[int, ...], ...] = (
     (128, 128),
@@ -128,5 +129,5 @@ def wider_resnet20_a2_iabn(pretrained: bool = False, **options: Any) -> nn.Modul
 
 @register_model
 def wider_resnet38_a2_iabn(pretrained: bool = False, **options: Any) -> nn.Module:
-    """Wide ResNet-38 A2 with in-place ABN, the body of the segmentation network; options as in `WiderResNet`."""
+    """Wide ResNet-38 A2 with in-place ABN, the backbone of the segmentation network; options as in `WiderResNet`."""
     return _wider("wider_resnet38_a2_iabn", pretrained, options, layers=LAYERS[38], a2=True)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.fit import CLASSIFIER, count_classes
 from ..layers import ABN, InPlaceABN
 from ..layers.reference import effective_scale
+from .state_dict import CLASSIFIER, count_classes
 
 
 def transfer(source: nn.Module, target: nn.Module) -> list[str]:

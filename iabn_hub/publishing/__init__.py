@@ -1,1 +1,1 @@
-"""Checkpoints as repositories of the Hugging Face Hub, in other layouts, and in mirrors."""
+"""Exports, mirrors and conversions of checkpoints."""

@@ -1,4 +1,4 @@
-"""The page of a repository: figures, licence, usage by every door, and where the weights come from."""
+"""The model card of a repository: figures, licence, usage, and where the weights come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ TASKS = {"classification": "image-classification", "segmentation": "image-segmen
 LICENSES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "Apache-2.0": "apache-2.0"}
 FIGURES = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "miou": ("mean_iou", "mIoU")}
 REPO = "ORG/NAME"  # where the repository is not known yet
-CODE = "OWNER/iabn_hub"  # of the package
 
 
 def model_card(export: Export, repo: str | None) -> str:
@@ -35,7 +34,7 @@ def _data(export: Export) -> ModelCardData:
         terms |= {"license_name": _slug(export.license), "license_link": export.license_link or None}
     results = [
         EvalResult(
-            task_type=TASKS[export.source.task],
+            task_type=TASKS[export.network.task],
             dataset_type=export.dataset or "other",
             dataset_name=result.dataset,
             dataset_config=result.protocol,
@@ -49,8 +48,8 @@ def _data(export: Export) -> ModelCardData:
     ]
     return ModelCardData(
         library_name="timm",
-        pipeline_tag=TASKS[export.source.task],
-        tags=["timm", "in-place-abn", "iabn_hub", TASKS[export.source.task]],
+        pipeline_tag=TASKS[export.network.task],
+        tags=["timm", "in-place-abn", "iabn_hub", TASKS[export.network.task]],
         datasets=[export.dataset] if export.dataset else None,
         metrics=sorted({FIGURES[n][0] for r in export.results for n in FIGURES if getattr(r, n) is not None}) or None,
         model_name=export.name,
@@ -72,11 +71,11 @@ def _protocol(result: Result) -> str:
 
 def _body(export: Export, repo: str) -> str:
     arch = export.name.partition(".")[0]
-    parameters = sum(p.numel() for p in export.source.model.parameters())
+    parameters = sum(p.numel() for p in export.network.model.parameters())
     kind = "in-place activated BatchNorm (iABN), which keeps about half the memory for the backward pass"
-    if export.source.options.get("norm_layer", "abn" if arch.endswith("_abn") else "iabn") == "abn":
+    if export.network.options.get("norm_layer", "abn" if arch.endswith("_abn") else "iabn") == "abn":
         kind = "standard BatchNorm"
-    intro = f"`{arch}` with {kind}. {parameters:,} parameters, {export.source.options['num_classes']:,} classes"
+    intro = f"`{arch}` with {kind}. {parameters:,} parameters, {export.network.options['num_classes']:,} classes"
     if export.dataset:
         intro += f", trained on {export.dataset}"
     lines = [f"# {export.name}", "", f"{intro}."]
@@ -104,14 +103,13 @@ def _figures(export: Export) -> list[str]:
 
 
 def _usage(export: Export, arch: str, repo: str) -> list[str]:
-    command = "classify photo.jpg" if export.source.task == "classification" else "segment street.jpg out"
+    command = "classify photo.jpg" if export.network.task == "classification" else "segment street.jpg out"
     return [
         "```python",
         "import iabn_hub, timm, torch  # pip install iabn-hub; the import registers the architecture in timm",
         "",
         f'model = timm.create_model("hf-hub:{repo}", pretrained=True)',
         f'model = iabn_hub.create_model("{arch}", checkpoint="hf-hub:{repo}")',
-        f'model = torch.hub.load("{CODE}", "{arch}", checkpoint="hf-hub:{repo}")',
         "```",
         "",
         "```sh",
@@ -131,8 +129,7 @@ def _training(export: Export) -> list[str]:
             shown = value if isinstance(value, str | int | float) else json.dumps(value)
             lines.append(f"| {name} | {shown} |")
     if export.recipe is not None:
-        tool = "train.py" if export.source.task == "classification" else "train_segmentation.py"
-        lines += ["", f"`recipe.json` holds all of them: `python tools/{tool} recipe.json DATA` trains it again."]
+        lines += ["", "`recipe.json` holds all of them: `iabn-hub train recipe.json DATA` trains the network again."]
     return lines or ["Its settings were not published."]
 
 

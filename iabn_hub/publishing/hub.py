@@ -1,12 +1,12 @@
-"""Sending a folder to the Hugging Face Hub: what differs, one commit, and what went wrong in a sentence."""
+"""Upload files to the Hugging Face Hub: only what differs, in one commit, with errors that name the way out."""
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -14,13 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.verify import sha256_of
+from ..checkpoints.retries import ATTEMPTS, TEMPORARY_STATUS, with_retries
+from ..files import sha256_of
 
 T = TypeVar("T")
-ATTEMPTS = 5
-PAUSE = 2.0  # seconds before the second attempt; doubled for each that follows
-LONGEST_PAUSE = 120.0  # seconds that a server may ask us to wait
-PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that another attempt may change
 
 
 class PublishError(CheckpointError):
@@ -41,7 +38,7 @@ def differences(repo: str, files: Mapping[str, Path], revision: str | None = Non
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return {}
 
-    there = _patiently(repo, ask)
+    there = _request(repo, ask)
     return {name: _compare(path, there.get(name)) for name, path in files.items()}
 
 
@@ -55,17 +52,27 @@ def _compare(path: Path, remote: RepoFile | None) -> str:
     return "same" if remote.blob_id == blob else "changed"
 
 
-def push(
-    repo: str,
-    files: Mapping[str, Path],
-    message: str,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> tuple[str, dict[str, str]]:
-    """Make the repository if it is not there, and send what differs in one commit.
+@dataclass(frozen=True)
+class Target:
+    """Where files are uploaded to.
 
-    Large files that an earlier, broken attempt has sent are not sent again.
+    Args:
+        repo: ORG/NAME.
+        private: a repository that is created is private.
+        revision: branch, created if missing; None is the main branch.
+        create_pr: upload as a pull request.
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+
+def push(target: Target, files: Mapping[str, Path], message: str) -> tuple[str, dict[str, str]]:
+    """Create the repository if it does not exist, and upload what differs in one commit.
+
+    Large files that an interrupted attempt has uploaded are not uploaded again.
 
     Returns:
         The commit that holds the files, and what was done to each: 'new', 'changed' or 'same'.
@@ -74,49 +81,58 @@ def push(
         PublishError: not allowed, not reachable, or changed by someone else at the same time.
     """
     api = HfApi()
-    _patiently(repo, lambda: api.create_repo(repo, private=private, exist_ok=True))
-    if revision and not create_pr:
-        _patiently(repo, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
+    repo, revision = target.repo, target.revision
+    _request(repo, lambda: api.create_repo(repo, private=target.private, exist_ok=True))
+    if revision and not target.create_pr:
+        _request(repo, lambda: api.create_branch(repo, branch=revision, exist_ok=True))
     done = differences(repo, files, revision)
     if set(done.values()) == {"same"}:
-        info = _patiently(repo, lambda: api.repo_info(repo, revision=revision))
+        info = _request(repo, lambda: api.repo_info(repo, revision=revision))
         return str(info.sha), done
 
     def send() -> str:
         operations = [CommitOperationAdd(name, str(files[name])) for name in files if done[name] != "same"]
-        commit = api.create_commit(repo, operations, commit_message=message, revision=revision, create_pr=create_pr)
+        commit = api.create_commit(
+            repo, operations, commit_message=message, revision=revision, create_pr=target.create_pr
+        )
         return commit.oid
 
-    return _patiently(repo, send), done
+    return _request(repo, send), done
 
 
-def _patiently(repo: str, call: Callable[[], T]) -> T:
-    """The call's answer; passing trouble is waited out.
+def _request(repo: str, call: Callable[[], T]) -> T:
+    """The answer of the Hub, with retries.
 
     Raises:
-        PublishError: it does not pass.
+        PublishError: temporary failures did not pass, or the request is refused.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except Exception as e:  # the client's HTTP library is its own affair, and so are its errors
-            response = getattr(e, "response", None) if isinstance(e, HfHubHTTPError) else None
-            status = getattr(response, "status_code", None)
-            if isinstance(e, (ValueError, TypeError, FileNotFoundError)) and status is None:
-                raise PublishError(f"{repo}: {_first_line(e)}") from e
-            passing = status in PASSING or status is None
-            if not passing or attempt == ATTEMPTS:
-                raise PublishError(f"{repo}: {_explain(status, e)}") from e
-            time.sleep(_pause(response, attempt))
-    raise AssertionError("unreachable")
+    try:
+        return with_retries(call, _is_temporary, _retry_after)
+    except Exception as e:  # the client raises errors of its HTTP library
+        if isinstance(e, ValueError | TypeError | FileNotFoundError) and _status(e) is None:
+            raise PublishError(f"{repo}: {_first_line(e)}") from e
+        raise PublishError(f"{repo}: {_explain(_status(e), e)}") from e
 
 
-def _pause(response: Any, attempt: int) -> float:
+def _status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+    return getattr(response, "status_code", None)
+
+
+def _is_temporary(error: BaseException) -> bool:
+    status = _status(error)
+    if status is None:
+        return isinstance(error, Exception) and not isinstance(error, ValueError | TypeError | FileNotFoundError)
+    return status in TEMPORARY_STATUS
+
+
+def _retry_after(error: BaseException) -> float | None:
+    response = getattr(error, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(asked), LONGEST_PAUSE) if asked.isdigit() else PAUSE * 2 ** (attempt - 1)
+    return float(asked) if asked.isascii() and asked.isdigit() else None
 
 
-def _explain(status: int | None, error: Exception) -> str:
+def _explain(status: int | None, error: BaseException) -> str:
     said = _first_line(error)
     if status in (401, 403):
         return f"the Hub does not allow it ({said}): log in by 'hf auth login' with a token that may write there"
@@ -125,12 +141,12 @@ def _explain(status: int | None, error: Exception) -> str:
     if status in (409, 412):
         return f"someone else has changed it at the same time ({said}): run the same command again"
     if status == 429:
-        return f"the Hub has had too many requests ({said}): run the same command later, it goes on where it stopped"
+        return f"the Hub has had too many requests ({said}): run the same command later, it continues where it stopped"
     what = f"status {status}" if status else "no answer"
-    return f"{what} after {ATTEMPTS} attempts ({said}): run the same command again, it goes on where it stopped"
+    return f"{what} after {ATTEMPTS} attempts ({said}): run the same command again, it continues where it stopped"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     token = huggingface_hub.get_token()
     return text.replace(token, "…") if token else text

@@ -1,1 +1,1 @@
-"""Pictures to maps of classes: fusion of scales and orientations, tiles, and the files that come out."""
+"""Semantic segmentation: prediction, metrics, outputs, and the task that training sees."""

@@ -1,1 +1,1 @@
-"""Training on image folders."""
+"""Training and validation, of any task."""

@@ -1,8 +1,7 @@
-"""One run of a recipe on some images: what is checked before it, and what it leaves."""
+"""One run of a recipe on a dataset: what is checked before it, and the files it writes."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -17,235 +16,285 @@ from torch import nn
 
 from .. import __version__
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.export import save_safetensors, write_atomically
+from ..checkpoints.weights import read_snapshot, save_safetensors
+from ..datasets.folders import DataError, Location
+from ..datasets.transforms import Normalize
+from ..evaluation import Metrics, Runtime, evaluate
+from ..files import write_atomically
+from ..models.pretrained import Pretrained, load_pretrained
+from ..models.timm_config import EvalConfig, config_text, timm_config
 from ..models.transfer import transfer
-from ..processes import Processes
-from .journal import Journal
-from .loop import Trainer
-from .network import build_network, options_of
-from .recipe import Recipe, RecipeError, recipe_from
-from .snapshots import Snapshots, read_snapshot
-from .sources import Source, load_source
-from .splits import DataError, Location
-from .tasks import TITLES, Outcome, micro_batch, spell, task_of
-from .transforms import Normalize
+from ..recipes import Recipe, RecipeError, recipe_from
+from ..schema import changed_fields
+from ..world import World
+from .logging import RunLogger
+from .network import build_network
+from .snapshots import Snapshots
+from .task import TITLES, Task, format_metrics, make_task
+from .trainer import Run, Trainer
+
+RESULTS = ("model.safetensors", "config.json", "metrics.json", "report.html")
+# A run cannot be resumed with other values of these.
+FIXED = (
+    *("network.", "optimizer.batch_size", "optimizer.type"),
+    *("training.seed", "training.repeats", "training.signed_scale"),
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What does not change the result of a run, and where it begins.
+    """What a run does not need its recipe for: its data, its folder, and where it starts.
 
     Args:
         out: folder of the run.
-        where: the images.
-        resume: 'auto' for the newest snapshot in `out`, or the path of one; None begins anew.
-        overwrite: remove the snapshots of an earlier run in `out`.
-        pretrained: begin with these weights, see `load_source`; '' for the published ones; None draws them.
-        workers: processes that read images, for each process that trains.
-        keep: snapshots that stay, besides the best.
-        minutes: from one snapshot within an epoch to the next.
-        max_broken: unreadable images to put up with.
+        location: of the images.
+        resume: 'auto' for the newest snapshot in `out`, or the path of one; None starts a new run.
+        overwrite: delete the snapshots of an earlier run in `out`.
+        pretrained: initial weights, see `load_pretrained`; '' for the published ones; None initialises randomly.
+        workers: processes that read images, per rank.
+        keep: snapshots to keep, besides the best.
+        snapshot_minutes: between snapshots within an epoch.
+        max_broken: how many unreadable images are tolerated.
     """
 
     out: Path
-    where: Location
+    location: Location
     resume: str | None = None
     overwrite: bool = False
     pretrained: str | None = None
     workers: int = 2
     keep: int = 2
-    minutes: float = 30
+    snapshot_minutes: float = 30
     max_broken: int = 0
 
 
-def train(recipe: Recipe, options: Options, everyone: Processes, stop: Callable[[], bool]) -> bool:
-    """One run from its first check to its last file.
+def train(recipe: Recipe, options: Options, world: World, stop_requested: Callable[[], bool]) -> bool:
+    """Train, from the first check to the last file.
 
     Args:
-        stop: asked at every step; true ends the run there, with a snapshot.
+        stop_requested: asked at every step; true ends the run there, with a snapshot.
 
     Returns:
-        Whether it came to its end.
+        Whether the run is complete.
 
     Raises:
-        RecipeError, DataError, CheckpointError: what the run needs is not there or does not go together.
+        RecipeError, DataError, CheckpointError: something that the run needs is missing or does not fit.
         DivergedError: the loss is no longer finite.
     """
     started = time.time()
-    training, where = recipe.training, options.where
-    _check_batches(recipe, everyone.count)
+    _check_batches(recipe, world.size)
     snapshots = Snapshots(options.out / "snapshots", options.keep)
-    found = _start(options, snapshots, everyone)
-    task = task_of(recipe)
-    source, held_out, classes = task.open(recipe, where, micro_batch(recipe, everyone.count))
+    resumed = _snapshot_to_resume(options, snapshots, world)
+    task = make_task(recipe, options.location, world)
     listed = recipe.network.classes
-    if classes and len(classes) != listed:
-        recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, classes=len(classes)))
-    loader, val = task.loaders(recipe, source, held_out, options.out, options.workers, everyone)
-    normalize = Normalize(recipe.input, recipe.input.lighting_train).to(everyone.device)
-
-    notes: list[str] = []
-    torch.manual_seed(training.seed)
-    network = build_network(recipe)
-    if options.pretrained is not None and not found:
-        begin = load_source(options.pretrained or recipe.model, recipe.model)
-        notes = _begin_with(begin, recipe, network)
-    network = network.to(everyone.device)
-    broken = _Broken(options.max_broken, everyone)
-
-    def validate(network: nn.Module) -> Outcome:
-        score = task.evaluate(network, val, normalize, everyone)
-        broken.share(score.broken)
-        return score
-
-    trainer = Trainer(
-        recipe, task, network, loader, normalize, validate, everyone, snapshots, options.minutes, stop, broken
-    )
-    trainer.classes = classes
-    if found:
-        path, state = found
-        state["recipe"] = dataclasses.asdict(recipe_from(state["recipe"], str(path)))  # sections that it did not know
-        _check_same(recipe, classes, loader.steps, path, state)
-        trainer.restore(state, path)
-        notes += [f"changed since the snapshot: {change}" for change in _changes(recipe, state["recipe"])]
-        notes.append(f"going on from {path}: epoch {trainer.epoch + 1}, step {trainer.step:,}")
-        del found, state  # as large as the run itself
-    if everyone.first:
+    if task.classes and len(task.classes) != listed:
+        recipe = recipe.with_classes(len(task.classes))
+    skipped = SkippedFiles(options.max_broken, world)
+    network, notes = _network(recipe, None if resumed else options.pretrained)
+    run = _assemble(recipe, options, task, network.to(world.device), snapshots, skipped, stop_requested)
+    trainer = Trainer(run)
+    if resumed:
+        notes += _restore(trainer, *resumed)
+        del resumed  # as large as the run itself
+    if world.is_primary:
         _check_space(trainer, options.keep)
         if options.overwrite:
-            snapshots.remove_all()
-            for earlier in _results(options.out):
-                earlier.unlink()
-    batch, epochs = recipe.optimizer.batch_size, recipe.optimizer.schedule.epochs
-    done = trainer.step * batch
-    journal = Journal(options.out, everyone, epochs * loader.steps * batch, done, trainer.step)
-    broken.say = journal.say
+            _delete_earlier(options.out, snapshots)
+    images = recipe.optimizer.schedule.epochs * run.loader.steps * recipe.optimizer.batch_size
+    log = RunLogger(options.out, world, images, trainer.step * recipe.optimizer.batch_size, trainer.step)
+    skipped.log_to(log)
     try:
-        if everyone.first:
+        if world.is_primary:
             write_atomically(options.out / "recipe.json", recipe.to_json().encode())
-        count = f"{len(classes)} classes" if classes else f"{recipe.network.classes} classes, as the recipe says"
-        if classes and len(classes) != listed:
-            count += f" (the recipe: {listed})"
-        journal.say(
-            f"{recipe.model} ({recipe.norm_layer}) on {everyone.count} × {everyone.device}: {loader.images:,} images, "
-            f"{count}; {epochs} epochs of {loader.steps:,} steps of {batch}; results in {options.out}"
-        )
+        log.info(_headline(run, listed, options.out))
         for note in notes:
-            journal.say(note)
-        trainer.run(journal)
+            log.info(note)
+        trainer.fit(log)
         if trainer.stopped:
-            journal.say(f"stopped at step {trainer.step:,} with a snapshot; go on with --resume auto")
+            log.info(f"stopped at step {trainer.step:,} with a snapshot; continue with --resume auto")
             return False
-        if everyone.first:
-            _finish(recipe, options.out, trainer, classes, journal, time.time() - started)
+        if world.is_primary:
+            _write_results(trainer, options.out, log, time.time() - started)
         return True
     finally:
-        journal.close()
+        log.close()
 
 
-def _begin_with(begin: Source, recipe: Recipe, network: nn.Module) -> list[str]:
-    """Take weights over; a classifier's go into the body of a segmentation network. Returns what there is to say."""
-    if begin.task == recipe.task:
-        return [f"begins with the weights of {begin.text}", *transfer(begin.model, network)]
+def _assemble(
+    recipe: Recipe,
+    options: Options,
+    task: Task,
+    network: nn.Module,
+    snapshots: Snapshots,
+    skipped: SkippedFiles,
+    stop_requested: Callable[[], bool],
+) -> Run:
+    world = skipped.world
+    normalize = Normalize(recipe.input.mean, recipe.input.std, recipe.input.lighting_train).to(world.device)
+    val = task.val_loader(options.workers)
+    runtime = Runtime(recipe.training.amp, recipe.training.channels_last)
+
+    def validate(network: nn.Module) -> Metrics:
+        metrics = task.new_metrics(recipe.network.classes, world.device)
+        merged = evaluate(network, val, normalize, world, metrics, runtime, "validation")
+        skipped.share(merged.skipped)
+        return merged
+
+    return Run(
+        recipe=recipe, task=task, world=world, network=network, config=_config(recipe, network, task.classes),
+        loader=task.train_loader(options.out, options.workers), normalize=normalize, validate=validate,
+        snapshots=snapshots, snapshot_minutes=options.snapshot_minutes, stop_requested=stop_requested,
+        on_skipped=skipped,
+    )  # fmt: skip
+
+
+def _network(recipe: Recipe, pretrained: str | None) -> tuple[nn.Module, list[str]]:
+    """The network of a recipe, randomly initialised or pretrained; and lines for the log."""
+    torch.manual_seed(recipe.training.seed)
+    network = build_network(recipe)
+    if pretrained is None:
+        return network, []
+    source = load_pretrained(pretrained or recipe.model, recipe.model)
+    return network, _transfer(source, recipe, network)
+
+
+def _transfer(source: Pretrained, recipe: Recipe, network: Any) -> list[str]:
+    """Copy weights; those of a classifier go into the backbone of a segmentation network."""
+    if source.task == recipe.task:
+        return [f"initial weights: {source.name}", *transfer(source.model, network)]
     if recipe.task == "classification":
-        raise CheckpointError(f"{begin.text} is for segmentation, {recipe.model} a classifier")
-    body: Any = network.body
-    said = transfer(begin.model, body)
-    return [f"the body begins with the weights of {begin.text}", *(s for s in said if "classifier" not in s)]
+        raise CheckpointError(f"{source.name} is for segmentation, {recipe.model} is a classifier")
+    changes = transfer(source.model, network.backbone)
+    return [f"initial weights of the backbone: {source.name}", *(c for c in changes if "classifier" not in c)]
 
 
-def _check_batches(recipe: Recipe, count: int) -> None:
-    batch, passes = recipe.optimizer.batch_size, recipe.training.accumulate
-    if batch % (count * passes):
-        raise RecipeError(f"--batch-size {batch} cannot be shared evenly by {count} processes × {passes} passes")
-    micro = micro_batch(recipe, count)
+def _config(recipe: Recipe, network: nn.Module, classes: tuple[str, ...] | None) -> dict[str, Any]:
+    images, segmentation = recipe.input, recipe.segmentation
+    is_segmentation = recipe.task == "segmentation"
+    crop = images.crop_train if is_segmentation else images.crop_val
+    evaluation = EvalConfig(
+        images.scale_val, crop, images.mean, images.std, long_side=segmentation.long_side_val,
+        ignore_index=segmentation.ignore_index,
+    )  # fmt: skip
+    return timm_config(network, recipe.model_options(), evaluation, classes, is_segmentation)
+
+
+def _headline(run: Run, listed: int, out: Path) -> str:
+    recipe, classes = run.recipe, run.task.classes
+    count = f"{len(classes)} classes" if classes else f"{recipe.network.classes} classes, as the recipe says"
+    if classes and len(classes) != listed:
+        count += f" (the recipe: {listed})"
+    return (
+        f"{recipe.model} ({recipe.norm_layer}) on {run.world.size} × {run.world.device}: {run.loader.images:,} images, "
+        f"{count}; {recipe.optimizer.schedule.epochs} epochs of {run.loader.steps:,} steps of "
+        f"{recipe.optimizer.batch_size}; results in {out}"
+    )
+
+
+def _check_batches(recipe: Recipe, ranks: int) -> None:
+    batch, steps = recipe.optimizer.batch_size, recipe.training.accumulation_steps
+    if batch % (ranks * steps):
+        raise RecipeError(f"--batch-size {batch} is not divisible by {ranks} ranks × {steps} accumulation steps")
+    micro = recipe.micro_batch(ranks)
     mixed = recipe.training.mixup or recipe.training.cutmix
     if micro < 2 or (mixed and micro % 2):
-        need = "mixup and cutmix need an even number" if mixed else "normalising needs 2 or more"
-        raise RecipeError(f"--batch-size {batch} leaves {micro} to each of {count} processes × {passes} passes; {need}")
+        need = "mixup and cutmix need an even number" if mixed else "batch statistics need 2 or more"
+        raise RecipeError(
+            f"--batch-size {batch} leaves {micro} images for each of {ranks} ranks × {steps} accumulation steps; {need}"
+        )
 
 
-def _start(options: Options, snapshots: Snapshots, everyone: Processes) -> tuple[Path, dict[str, Any]] | None:
-    """The snapshot to go on from, if that was asked for; else the folder must hold no run, or be given up."""
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def _snapshot_to_resume(options: Options, snapshots: Snapshots, world: World) -> tuple[Path, dict[str, Any]] | None:
+    """The snapshot to resume from, if that was asked for; else the folder must not hold a run, unless overwritten."""
     named = Path(options.resume) if options.resume and options.resume != "auto" else None
-    found = snapshots.latest() if everyone.first and not named else None
-    path: Path | None = named or everyone.from_first(found[0] if found else None)
-    holds_one = everyone.from_first((path is not None and not named) or _results(options.out) != [])
+    found = snapshots.latest() if world.is_primary and not named else None
+    path: Path | None = named or world.broadcast_object(found[0] if found else None)
+    holds_run = world.broadcast_object((path is not None and not named) or _results(options.out) != [])
     own = path and path.resolve().parent == snapshots.folder.resolve()
-    if holds_one and not options.overwrite and not (options.resume and own):
-        way = "name another --out" if options.resume else "go on with it by --resume auto, or pass --overwrite"
-        raise ValueError(f"{options.out} holds a run already: {way}")
+    if holds_run and not options.overwrite and not (options.resume and own):
+        way = "choose another --out" if options.resume else "continue it with --resume auto, or pass --overwrite"
+        raise ValueError(f"{options.out} already holds a run: {way}")
     if not options.resume or path is None:
         return None
     return path, found[1] if found else read_snapshot(path)
 
 
 def _results(out: Path) -> list[Path]:
-    """What a finished run has left in a folder."""
-    names = ("model.safetensors", "config.json", "metrics.json", "report.html")
-    return [out / name for name in names if (out / name).exists()]
+    return [out / name for name in RESULTS if (out / name).exists()]
 
 
-def _changes(recipe: Any, saved: dict[str, Any], prefix: str = "") -> list[str]:
-    today = recipe if isinstance(recipe, dict) else dataclasses.asdict(recipe)
-    found = []
-    for key, value in today.items():
-        name, before = f"{prefix}{key}", saved.get(key)
-        if isinstance(value, dict) and isinstance(before, dict):
-            found += _changes(value, before, f"{name}.")
-        elif value != before:
-            found.append(f"{name} {before!r} to {value!r}")
-    return found
+def _delete_earlier(out: Path, snapshots: Snapshots) -> None:
+    snapshots.remove_all()
+    for path in _results(out):
+        path.unlink()
 
 
-def _check_same(recipe: Recipe, classes: tuple[str, ...] | None, steps: int, path: Path, state: dict[str, Any]) -> None:
-    """Refuse to go on from a snapshot of another network, or with batches that begin elsewhere."""
-    fixed = (
-        *("network.", "optimizer.batch_size", "optimizer.type"),
-        *("training.seed", "training.repeats", "training.signed_scale"),
-    )
-    for change in _changes(recipe, state["recipe"]):
-        if change.startswith(fixed):
-            raise RecipeError(f"{path}: this run cannot go on with {change}; begin a new one in another --out")
-    if state["classes"] != classes:
-        raise DataError(f"{path}: was trained on other classes than the data has now; begin a new run in another --out")
-    if state["position"]["steps_per_epoch"] != steps:
+def _restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> list[str]:
+    """Continue from a snapshot; returns lines for the log."""
+    saved = recipe_from(state["recipe"], str(path)).to_dict()  # with defaults for sections that it did not have
+    changes = changed_fields(trainer.run.recipe.to_dict(), saved)
+    _check_resumable(trainer.run, changes, path, state)
+    trainer.restore(state, path)
+    notes = [f"changed since the snapshot: {name} from {old!r} to {new!r}" for name, (old, new) in changes.items()]
+    return [*notes, f"resuming from {path}: epoch {trainer.epoch + 1}, step {trainer.step:,}"]
+
+
+def _check_resumable(run: Run, changes: dict[str, tuple[Any, Any]], path: Path, state: dict[str, Any]) -> None:
+    """Refuse a snapshot of another network, or with batches that start elsewhere."""
+    for name, (old, new) in changes.items():
+        if name.startswith(FIXED):
+            raise RecipeError(
+                f"{path}: Cannot resume: {name} changed from {old!r} to {new!r}; start a new run in another --out"
+            )
+    if state["classes"] != run.task.classes:
         raise DataError(
-            f"{path}: an epoch had {state['position']['steps_per_epoch']:,} steps, now it has {steps:,}: the number of "
-            "images has changed; begin a new run in another --out, with --pretrained to keep what was learnt"
+            f"{path}: Cannot resume: the classes of the data have changed; start a new run in another --out"
+        )
+    before, now = state["position"]["steps_per_epoch"], run.loader.steps
+    if before != now:
+        raise DataError(
+            f"{path}: Cannot resume: an epoch had {before:,} steps and now has {now:,}, since the number of images has "
+            "changed; start a new run in another --out, with --pretrained for these weights"
         )
 
 
 def _check_space(trainer: Trainer, keep: int) -> None:
-    """Refuse to begin where the snapshots will not fit."""
-    snapshots = trainer.snapshots
-    network = sum(t.numel() * t.element_size() for t in trainer.network.state_dict().values())
-    moments = {"SGD": 1, "Adam": 2}[trainer.recipe.optimizer.type]
+    """Refuse to start where the snapshots will not fit."""
+    run = trainer.run
+    network = sum(t.numel() * t.element_size() for t in run.network.state_dict().values())
+    moments = {"SGD": 1, "Adam": 2}[run.recipe.optimizer.type]
     need = network * (1 + moments + (1 if trainer.ema else 0)) * (keep + 2)  # the best one, and the one being written
-    place = snapshots.folder
+    place = run.snapshots.folder
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free + snapshots.size()  # those that are there make room
+    free = shutil.disk_usage(place).free + run.snapshots.size()  # existing snapshots will be replaced
     if free < need:
         raise OSError(
             f"{place}: {free:,} bytes are free, the snapshots need {need:,}: pass a smaller --keep or another --out"
         )
 
 
-class _Broken:
-    """Files that cannot be read: each is said once, and too many end the run."""
+class SkippedFiles:
+    """Files that cannot be read: each is reported once, and too many end the run."""
 
-    def __init__(self, limit: int, everyone: Processes) -> None:
-        self.limit, self.everyone = limit, everyone
-        self.seen: dict[str, None] = {}  # in the order of their appearance
-        self.say: Callable[[str], None] = print
+    def __init__(self, limit: int, world: World) -> None:
+        self.limit, self.world = limit, world
+        self.seen: dict[str, None] = {}  # in order of appearance
+        self._report: Callable[[str], None] = print
+
+    def log_to(self, log: RunLogger) -> None:
+        """Report to a log from now on."""
+        self._report = log.info
 
     def __call__(self, reasons: Iterable[str]) -> None:
-        """This process has met these."""
+        """Report files that this rank could not read."""
         for reason in reasons:
             if reason not in self.seen:
                 self.seen[reason] = None
-                self.say(f"skipped: {reason}")
+                self._report(f"skipped: {reason}")
         if len(self.seen) > self.limit:
             raise DataError(
                 f"{len(self.seen)} images cannot be read, --max-broken allows {self.limit}; the last one: "
@@ -253,60 +302,37 @@ class _Broken:
             )
 
     def share(self, reasons: Iterable[str]) -> None:
-        """All processes have met these; and now each learns what the others have met before."""
-        for seen in self.everyone.gather(list(self.seen)):
+        """Report files that any rank could not read, and those that the other ranks have reported before."""
+        for seen in self.world.all_gather_object(list(self.seen)):
             self(seen)
         self(reasons)
 
 
-def _finish(recipe: Recipe, out: Path, trainer: Trainer, classes: Any, journal: Journal, seconds: float) -> None:
-    """The weights and what there is to say about them."""
-    last = trainer.rows[-1]
-    state = {name: value.detach().cpu().contiguous() for name, value in trainer.judged.state_dict().items()}
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def _write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float) -> None:
+    """The weights, their configuration, and the metrics."""
+    run, last = trainer.run, trainer.rows[-1]
+    state = {name: value.detach().cpu().contiguous() for name, value in trainer.evaluated.state_dict().items()}
     weights = out / "model.safetensors"
-    save_safetensors(state, weights, {"arch": recipe.model, "iabn_hub": __version__})
-    write_atomically(out / "config.json", (json.dumps(_config(recipe, classes), indent=2) + "\n").encode())
-    judged = trainer.task.judged
-    result = {name[4:]: value for name, value in last.items() if name.startswith("val_")}
-    result |= trainer.details
-    rows = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in trainer.rows]
-    best = max(trainer.rows, key=lambda row: row[f"val_{judged[0]}"])
-    report = {"model": recipe.model, "classes": classes, "result": result, "seconds": round(seconds, 1),
-              "best": {"epoch": best["epoch"], judged[0]: best[f"val_{judged[0]}"]}, "epochs": rows}  # fmt: skip
-    write_atomically(out / "metrics.json", (json.dumps(report, indent=1) + "\n").encode())
-    facts = {
-        **{TITLES[name]: f"{last[f'val_{name}']:.2f} %" for name in judged},
-        "best epoch": f"{best['epoch']}, {best[f'val_{judged[0]}']:.2f} %", "images": f"{trainer.loader.images:,}",
-        "normalisation": recipe.norm_layer, "device": str(trainer.processes.device),
-        "processes": trainer.processes.count, "time": f"{seconds / 60:.1f} minutes, of the last start",
+    save_safetensors(state, weights, {"arch": run.recipe.model, "iabn_hub": __version__})
+    write_atomically(out / "config.json", config_text(run.config))
+    monitor = run.task.monitors[0]
+    best = max(trainer.rows, key=lambda row: row[f"val_{monitor}"])
+    result = {name[4:]: value for name, value in last.items() if name.startswith("val_")} | trainer.details
+    epochs = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in trainer.rows]
+    metrics = {
+        "model": run.recipe.model, "classes": run.task.classes, "result": result, "seconds": round(seconds, 1),
+        "best": {"epoch": best["epoch"], monitor: best[f"val_{monitor}"]}, "epochs": epochs,
     }  # fmt: skip
-    journal.report(recipe.model, trainer.rows, facts)
-    journal.say(f"{weights}  {weights.stat().st_size:,} bytes  {spell(result, judged[:1])}  {out / 'report.html'}")
-
-
-def _config(recipe: Recipe, classes: tuple[str, ...] | None) -> dict[str, Any]:
-    """timm's description of the weights beside it, by which `local-dir:` and `hf-hub:` rebuild the network."""
-    images, options = recipe.input, options_of(recipe)
-    classes_count = options.pop("num_classes")
-    if options["norm_layer"] == "iabn_sync":
-        options["norm_layer"] = "iabn"  # it is the same once it is trained
-    scenes = recipe.segmentation
-    crop = images.crop_val if recipe.task == "classification" else images.crop_train
-    scale = images.scale_val if images.scale_val > 0 and recipe.task == "classification" else crop
-    return {
-        "architecture": recipe.model,
-        "num_classes": classes_count,
-        **({"label_names": list(classes)} if classes else {}),
-        "model_args": options,
-        **({"longest": scenes.longest_val, "ignore": scenes.ignore} if recipe.task == "segmentation" else {}),
-        "pretrained_cfg": {
-            "num_classes": classes_count,
-            "input_size": [3, crop, crop],
-            "crop_pct": crop / scale,
-            "interpolation": "bilinear",
-            "mean": images.mean,
-            "std": images.std,
-            "first_conv": "conv1" if recipe.task == "classification" else "body.conv1",
-            "classifier": "fc",
-        },
-    }
+    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    facts = {
+        **{TITLES[name]: f"{last[f'val_{name}']:.2f} %" for name in run.task.monitors},
+        "best epoch": f"{best['epoch']}, {best[f'val_{monitor}']:.2f} %", "images": f"{run.loader.images:,}",
+        "normalisation": run.recipe.norm_layer, "device": str(run.world.device), "ranks": run.world.size,
+        "time": f"{seconds / 60:.1f} minutes, since the last start",
+    }  # fmt: skip
+    log.report(run.recipe.model, trainer.rows, facts)
+    summary = format_metrics(result, run.task.monitors[:1])
+    log.info(f"{weights}  {weights.stat().st_size:,} bytes  {summary}  {out / 'report.html'}")

@@ -1,4 +1,4 @@
-"""Snapshots of a run: whole or not there, the last few and the best kept, and read without running code."""
+"""Snapshots of a run: complete or absent, of the last few steps and of the best epoch, read without running code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.errors import CheckpointError
-
-BEST = "best.pt"
-HELD = {"model", "ema", "optimizer", "position", "recipe", "classes"}
+from ..checkpoints.weights import BEST, read_snapshot
 
 
 class Snapshots:
@@ -21,19 +19,19 @@ class Snapshots:
 
     Args:
         folder: made when the first is saved.
-        keep: how many of the last ones stay.
+        keep: how many of the last ones are kept.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def save(self, state: dict[str, Any], step: int, best: bool = False) -> Path:
-        """Write `state` (tensors and plain values); then older ones go, and those of later steps.
+        """Write `state` (tensors and plain values); then delete older snapshots, and those of later steps.
 
-        Later steps belong to an attempt that was given up when the run went back to an earlier snapshot.
+        Later steps belong to an attempt that was abandoned by resuming from an earlier snapshot.
 
         Raises:
-            OSError: it cannot be written; what was there before stays.
+            OSError: it cannot be written; the earlier snapshots stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
@@ -44,9 +42,9 @@ class Snapshots:
                     torch.save(state, file)
                     file.flush()
                     os.fsync(file.fileno())
-            except RuntimeError as e:  # what torch.save makes of a full disk
+            except RuntimeError as e:  # how torch.save reports a full disk
                 raise OSError(f"{part}: cannot be written; is the disk full? ({str(e).splitlines()[0]})") from e
-            if best:  # before it counts as the newest: a run that is killed here saves both again
+            if best:  # before it becomes the newest: a run that is killed here saves both again
                 self._name_best(part)
             os.replace(part, path)
         finally:
@@ -85,20 +83,3 @@ class Snapshots:
         """Delete every snapshot."""
         for path in (*self.all(), self.folder / BEST):
             path.unlink(missing_ok=True)
-
-
-def read_snapshot(path: Path) -> dict[str, Any]:
-    """What `save` was given, on the CPU.
-
-    Raises:
-        CheckpointError: not there, damaged, or not a snapshot.
-    """
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path}: there is no such file") from e
-    except Exception as e:  # a damaged file fails in as many ways as it has bytes
-        raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
-    if not isinstance(state, dict) or not state.keys() >= HELD:
-        raise CheckpointError(f"{path}: is not a snapshot of tools/train.py; of a file of weights pass --arch")
-    return state

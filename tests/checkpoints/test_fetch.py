@@ -19,8 +19,8 @@ from iabn_hub.checkpoints import (
     DownloadError,
     OfflineError,
     cache_folder,
-    download,
     fetch_checkpoint,
+    retries,
 )
 
 from ..legacy_files import flip_a_byte, md5
@@ -44,7 +44,7 @@ def record(published):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(download, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -254,10 +254,10 @@ def test_password_of_a_mirror_is_used_and_not_shown(record, server, httpserver, 
 
 def test_retry_after_is_obeyed(record, server, monkeypatch):
     pauses = []
-    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     server.answers = [Response("busy", 429, {"Retry-After": "7"}), Response("busy", 503, {"Retry-After": "99999"})]
     fetch_checkpoint(record)
-    assert [pause for pause in pauses if pause] == [7, download.LONGEST_PAUSE]
+    assert [pause for pause in pauses if pause] == [7, retries.LONGEST_PAUSE]
 
 
 @pytest.mark.parametrize(

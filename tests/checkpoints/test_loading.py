@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 import iabn_hub
 from iabn_hub.checkpoints import CheckpointError
-from iabn_hub.checkpoints.export import save_safetensors
-from iabn_hub.checkpoints.fit import fit
 from iabn_hub.checkpoints.legacy import to_current
+from iabn_hub.checkpoints.weights import save_safetensors
+from iabn_hub.models.state_dict import fit
 
 from ..legacy_files import CLASSES, MODEL, a_small_network, save_legacy
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from iabn_hub.layers import building, extension, inductor, reference
+from iabn_hub.layers import reference
+from iabn_hub.layers.backends import building, inductor, loading
 
 from ..paths import TOOLS
 
@@ -63,13 +64,13 @@ def test_a_library_for_other_gpus_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     library = tmp_path / "iabn_cuda.so"
     library.with_suffix(".json").write_text('{"cuda": "13", "architectures": ["9.0"]}')
-    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0)])
-    assert extension._suits(library)
-    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0), (10, 0)])
-    assert not extension._suits(library)
-    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0)])
+    monkeypatch.setattr(loading, "capabilities_here", lambda: [(9, 0)])
+    assert loading._suits(library)
+    monkeypatch.setattr(loading, "capabilities_here", lambda: [(9, 0), (10, 0)])
+    assert not loading._suits(library)
+    monkeypatch.setattr(loading, "capabilities_here", lambda: [(9, 0)])
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert not extension._suits(library)
+    assert not loading._suits(library)
 
 
 def test_no_toolkit_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -79,26 +80,26 @@ def test_no_toolkit_says_where_it_was_looked_for(tmp_path, monkeypatch):
 
 
 def test_a_gpu_without_toolkit_gets_what_torch_compile_makes(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(extension, "_status", {})
+    monkeypatch.setattr(loading, "_status", {})
     monkeypatch.delenv("IABN_HUB_BACKEND", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(extension, "capabilities_here", lambda: [(9, 0)])
-    monkeypatch.setattr(extension, "has_triton", lambda: True)
-    assert extension.use_native("cuda").backend == "inductor"
+    monkeypatch.setattr(loading, "capabilities_here", lambda: [(9, 0)])
+    monkeypatch.setattr(loading, "has_triton", lambda: True)
+    assert loading.use_native("cuda").backend == "inductor"
     assert "no CUDA 13 toolkit was found" in caplog.text
     assert "through torch.compile" in caplog.text
-    monkeypatch.setattr(extension, "_status", {})
-    monkeypatch.setattr(extension, "has_triton", lambda: False)
-    assert extension.use_native("cuda").backend == "reference"
+    monkeypatch.setattr(loading, "_status", {})
+    monkeypatch.setattr(loading, "has_triton", lambda: False)
+    assert loading.use_native("cuda").backend == "reference"
 
 
 def test_rocm_and_other_devices_have_no_native_kernels(monkeypatch):
-    monkeypatch.setattr(extension, "_status", {})
+    monkeypatch.setattr(loading, "_status", {})
     monkeypatch.delenv("IABN_HUB_BACKEND", raising=False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "no native kernels for cuda with this torch" in extension.use_native("cuda").reason
-    assert extension.use_native("xpu").backend == "reference"
+    assert "this torch is built without CUDA" in loading.use_native("cuda").reason
+    assert loading.use_native("xpu").backend == "reference"
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

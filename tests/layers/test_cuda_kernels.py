@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iabn_hub.layers import building
+from iabn_hub.layers.backends import building
 
 from .cuda import on_host
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iabn_hub.layers import building, extension, ops, reference
+from iabn_hub.layers import ops, reference
 from iabn_hub.layers.activations import gradient, invert
+from iabn_hub.layers.backends import building, loading
 
 from .test_layer import LAYOUTS, in_layout
 
@@ -23,7 +24,7 @@ def native(device):
             building.cuda_home()
     except building.BuildError as e:
         pytest.skip(f"nothing to build the native kernels with: {e}")
-    status = extension.use_native(device)
+    status = loading.use_native(device)
     assert status.backend == "native", status.reason
 
 

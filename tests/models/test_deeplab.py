@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 import iabn_hub
-from iabn_hub.checkpoints.fit import fit
 from iabn_hub.layers import InPlaceABN
 from iabn_hub.models.iabn_deeplab import DeepLabV3, DeepLabV3Head
+from iabn_hub.models.state_dict import fit
 
 from ..paths import DATA
 from .test_published_logits import RECORDED, a_legacy_state_dict

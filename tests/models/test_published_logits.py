@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import iabn_hub
-from iabn_hub.checkpoints.fit import fit
+from iabn_hub.models.state_dict import fit
 
 from ..paths import DATA
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import iabn_hub
 from iabn_hub.checkpoints.errors import CheckpointError
 from iabn_hub.checkpoints.legacy import to_current, to_legacy
-from iabn_hub.publishing import convert
+from iabn_hub.cli import main
 
 from ..legacy_files import CLASSES, a_small_network, save_legacy
 from ..models.test_published_logits import RECORDED
@@ -32,7 +32,7 @@ def test_names_that_are_not_ours_are_refused():
 @pytest.fixture
 def run(capsys):
     def call(*line):
-        code = convert.main([*map(str, line), "--json"])
+        code = main(["convert", *map(str, line), "--json"])
         said = capsys.readouterr()
         return code, json.loads(said.out) if code == 0 else said.err
 

@@ -12,16 +12,16 @@ from safetensors import safe_open
 from timm.models import PretrainedCfg, _registry
 
 import iabn_hub
-from iabn_hub import cli
-from iabn_hub.checkpoints import catalogue
-from iabn_hub.models.build import _cfg
-from iabn_hub.publishing import command, hub
+from iabn_hub.checkpoints import catalogue, retries
+from iabn_hub.cli import export as command
+from iabn_hub.cli import main
+from iabn_hub.models.pretrained import load_pretrained
+from iabn_hub.models.timm_config import _cfg
 from iabn_hub.publishing.card import model_card
 from iabn_hub.publishing.export import Export
-from iabn_hub.training.sources import load_source
 
 from ..legacy_files import CLASSES, a_record, a_small_network, save_legacy, write_catalogue
-from ..paths import ROOT, TOOLS
+from ..paths import ROOT
 from .server import Hub
 
 NAME = "test_resnet_iabn.legacy"
@@ -62,7 +62,7 @@ def server(httpserver, monkeypatch):
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", made.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", made.token)
-    monkeypatch.setattr(hub, "PAUSE", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.01)
     return made
 
 
@@ -72,7 +72,7 @@ def export(capsys):
 
     def run(*line):
         capsys.readouterr()
-        code = command.main(TOOLS / "recipes", [*map(str, line), "--json"])
+        code = main(["export", *map(str, line), "--json"])
         said = capsys.readouterr()
         return code, json.loads(said.out) if said.out else None, said.err
 
@@ -112,8 +112,8 @@ def test_a_folder_has_everything_and_the_same_bytes_each_time(export, listed, ne
 def test_the_card_of_a_published_record(tmp_path):
     record = catalogue.find("resnext101_iabn.lr_512_in1k")
     model = iabn_hub.create_model("resnext101_iabn", device="meta")
-    source = load_source("test_resnet_iabn.mnist")
-    source = type(source)(model, record.model, {"num_classes": 1000}, record.name, source.input, None, record)
+    source = load_pretrained("test_resnet_iabn.mnist")
+    source = type(source)(model, record.model, {"num_classes": 1000}, record.name, source.evaluation, None, record)
     origin = {"kind": "legacy file", "file": record.filename, "bytes": 1, "md5": record.md5}
     text = model_card(
         Export(record.name, source, origin, "python …", None, record.results, record.dataset, record.license,
@@ -134,7 +134,7 @@ def test_the_card_of_a_published_record(tmp_path):
 def test_every_door_loads_what_was_sent(export, listed, network, server, tmp_path, monkeypatch, capsys):
     code, (row,), _ = export(NAME, "--repo", "me/legacy", "--check")
     assert (code, row["checked"]) == (0, ["folder", "hub"])
-    assert set(row["sent"]) == FILES == set(server.files("me/legacy"))
+    assert set(row["uploaded"]) == FILES == set(server.files("me/legacy"))
     assert row["commit"] == server.commit_id(server.files("me/legacy"))
     expected = logits(network)
     pinned = f"hf-hub:me/legacy@{row['commit']}"
@@ -144,7 +144,7 @@ def test_every_door_loads_what_was_sent(export, listed, network, server, tmp_pat
         assert logits(iabn_hub.create_model("test_resnet_iabn", checkpoint=place, num_classes=CLASSES)).equal(expected)
     loaded = torch.hub.load(str(ROOT), "test_resnet_iabn", source="local", checkpoint=pinned, num_classes=CLASSES)
     assert logits(loaded).equal(expected)
-    source = load_source(pinned)
+    source = load_pretrained(pinned)
     assert (source.arch, source.classes, source.task) == ("test_resnet_iabn", LETTERS, "classification")
     # As a source of the catalogue's record, before Google Drive.
     entry = {**json.loads((tmp_path / "own.json").read_text())["checkpoints"][0], "hub": row["catalogue"]}
@@ -152,14 +152,14 @@ def test_every_door_loads_what_was_sent(export, listed, network, server, tmp_pat
     catalogue._read_all.cache_clear()
     monkeypatch.delenv("IABN_HUB_MIRROR")
     monkeypatch.setenv("IABN_HUB_CACHE", str(tmp_path / "cold"))
-    assert logits(load_source(NAME).model).equal(expected)
+    assert logits(load_pretrained(NAME).model).equal(expected)
     assert (tmp_path / "cold" / f"{NAME}.hub.safetensors").is_file()
     catalogue._read_all.cache_clear()
     # Pinned, it needs no network any more.
     before = len(server.requests)
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
     capsys.readouterr()
-    assert cli.main(["classify", str(tmp_path / "photo.png"), "--model", pinned, "--topk", "1"]) == 0
+    assert main(["classify", str(tmp_path / "photo.png"), "--model", pinned, "--topk", "1"]) == 0
     assert any(letter in capsys.readouterr().out for letter in LETTERS)
     assert len(server.requests) == before
 
@@ -168,7 +168,7 @@ def test_sending_again_without_change_makes_no_commit(export, listed, server):
     assert export(NAME, "--repo", "me/legacy")[0] == 0
     assert server.commits("me/legacy") == 1
     code, (row,), _ = export(NAME, "--repo", "me/legacy")
-    assert (code, row["sent"]) == (0, [])
+    assert (code, row["uploaded"]) == (0, [])
     assert row["commit"] == server.commit_id(server.files("me/legacy"))
     assert server.commits("me/legacy") == 1
     code, (row,), _ = export(NAME, "--repo", "me/legacy", "--dry-run")
@@ -178,7 +178,7 @@ def test_sending_again_without_change_makes_no_commit(export, listed, server):
     assert row["would_send"]["README.md"] == "changed"
     assert server.commits("me/legacy") == 1
     code, (row,), _ = export(NAME, "--repo", "me/legacy")
-    assert row["sent"] == ["README.md"]
+    assert row["uploaded"] == ["README.md"]
     assert server.commits("me/legacy") == 2
 
 
@@ -222,7 +222,7 @@ def test_passing_trouble_is_waited_out(export, listed, server, trouble):
         ({"commit": [409]}, "someone else has changed it at the same time"),
         ({"commit": [401]}, "log in by 'hf auth login'"),
         ({"create": [403]}, "log in by 'hf auth login'"),
-        ({"commit": [503] * 99}, "run the same command again, it goes on where it stopped"),
+        ({"commit": [503] * 99}, "run the same command again, it continues where it stopped"),
     ],
 )
 def test_what_does_not_pass_is_said_without_the_token(export, listed, server, trouble, says):
@@ -298,14 +298,14 @@ def test_damage_is_found_by_the_check(export, listed, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "write_repository", damaged)
     code, (row,), _ = export(NAME, "--to-dir", tmp_path / "out", "--check")
     assert code == 1
-    assert "its logits are not those of" in row["error"]
+    assert "its logits differ from those of" in row["error"]
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ((), "name the checkpoints, or pass --all"),
-        ((NAME,), "say where they go"),
+        ((NAME,), "name a target"),
         ((NAME, "--repo", "a/b/c"), "not ORG or ORG/NAME"),
         (("test_resnet_iabn.*", "--repo", "me/one"), "are for one checkpoint"),
         (("test_resnet_iabn.lagacy", "--to-dir", "x"), "did you mean test_resnet_iabn.legacy or"),
@@ -315,7 +315,7 @@ def test_damage_is_found_by_the_check(export, listed, tmp_path, monkeypatch):
 def test_wrong_usage(listed, capsys, tmp_path, monkeypatch, line, says):
     monkeypatch.chdir(tmp_path)
     try:
-        code = command.main(TOOLS / "recipes", list(line))
+        code = main(["export", *line])
     except SystemExit as e:
         code = e.code
     assert code == 2

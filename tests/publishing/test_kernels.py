@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from iabn_hub import InPlaceABN
-from iabn_hub.layers import building, extension
+from iabn_hub.layers.backends import building, loading
 
 from ..paths import TOOLS
 
@@ -32,7 +32,7 @@ assert torch.allclose(var, x.var((0, 2, 3), unbiased=False), atol=1e-6)
 def repository(tmp_path, monkeypatch):
     """A repository with the library that was built here for the tests."""
     InPlaceABN(3)(torch.randn(2, 3, 4))
-    status = extension.use_native("cpu")
+    status = loading.use_native("cpu")
     assert status.library is not None, status.reason
     monkeypatch.syspath_prepend(str(TOOLS))
     build_kernels = importlib.import_module("build_kernels")
@@ -64,13 +64,13 @@ def test_the_operators_need_no_package(repository):
 @pytest.mark.parametrize("name", ["me/iabn", "me/iabn@main", "iabn@" + COMMIT])
 def test_what_is_not_pinned_is_refused(name):
     with pytest.raises(building.BuildError, match="all 40 digits of a commit"):
-        extension._published_place(name)
+        loading._published_place(name)
 
 
 def test_what_cannot_be_loaded_leaves_the_other_sources(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(extension, "_status", {})
+    monkeypatch.setattr(loading, "_status", {})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("IABN_HUB_KERNELS", f"me/nothing@{COMMIT}")
     monkeypatch.setenv("LOCAL_KERNELS", f"me/nothing={tmp_path}")
-    assert extension.use_native("cpu").backend == "native"
+    assert loading.use_native("cpu").backend == "native"
     assert f"IABN_HUB_KERNELS: me/nothing@{COMMIT} cannot be loaded" in caplog.text

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from iabn_hub import cli
 from iabn_hub.checkpoints import catalogue, fetch_checkpoint
-from iabn_hub.publishing import mirror
+from iabn_hub.cli import main
 
 from ..legacy_files import a_record, a_small_network, flip_a_byte, save_legacy, write_catalogue
 
@@ -28,7 +27,7 @@ def records(tmp_path, monkeypatch):
 @pytest.fixture
 def build(tmp_path, capsys):
     def run(*names):
-        code = mirror.main([str(tmp_path / "mirror"), *names, "--json"])
+        code = main(["mirror", str(tmp_path / "mirror"), *names, "--json"])
         return code, {row["name"]: row for row in json.loads(capsys.readouterr().out)}
 
     return run
@@ -36,7 +35,7 @@ def build(tmp_path, capsys):
 
 def verify(folder, capsys):
     capsys.readouterr()
-    code = cli.main(["verify", "--mirror", str(folder), "--json"])
+    code = main(["verify", "--mirror", str(folder), "--json"])
     return code, {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}
 
 
@@ -76,7 +75,7 @@ def test_the_bundled_network_needs_no_mirror(build):
 
 
 def test_a_folder_without_an_index_is_no_mirror(tmp_path, capsys):
-    assert cli.main(["verify", "--mirror", str(tmp_path)]) == 1
+    assert main(["verify", "--mirror", str(tmp_path)]) == 1
     assert "index.json: is not the index of a mirror" in capsys.readouterr().err
     (tmp_path / "index.json").write_text('{"checkpoints": [{"name": "x", "file": "../secret", "md5": "0"}]}')
     assert verify(tmp_path, capsys) == (1, {"x": "missing"})  # nothing outside the folder is read

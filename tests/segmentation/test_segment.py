@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import iabn_hub
-from iabn_hub import cli
+from iabn_hub.cli import main
+from iabn_hub.datasets.images import ImageError, find_images
+from iabn_hub.segmentation.outputs import check_names, draw
 from iabn_hub.segmentation.palette import palette_of, vistas
-from iabn_hub.segmentation.pictures import draw, find_images
 
 from ..paths import ROOT
 
@@ -38,7 +39,7 @@ def segment(weights, tmp_path, capsys):
     def run(what, *more, out=tmp_path / "out"):
         capsys.readouterr()
         line = ["segment", str(what), str(out), "--model", "test_resnet_deeplab3_iabn", "--checkpoint", str(weights)]
-        code = cli.main([*line, "--longest", "64", "--json", *more])
+        code = main([*line, "--long-side", "64", "--json", *more])
         said = capsys.readouterr()
         return code, json.loads(said.out) if said.out else None, said.err
 
@@ -162,7 +163,7 @@ def test_batches_give_what_single_photos_give(segment, tmp_path):
         (("--scales", "0"), "scales are"),
         (("--tile", "8"), "a tile needs 64 pixels or more"),
         (("--device", "toaster"), "device 'toaster' cannot be used"),
-        (("--batch-size", "0"), "--batch-size must be 1 or more"),
+        (("--batch-size", "0"), "Invalid value for '--batch-size': 0 is not in the range x>=1"),
     ],
 )
 def test_wrong_usage(segment, tmp_path, more, says):
@@ -176,14 +177,14 @@ def test_files_that_cannot_be_told_apart_or_are_not_there(tmp_path):
     a_photo().save(tmp_path / "x.png")
     a_photo().save(tmp_path / "x.jpg")
     with pytest.raises(ValueError, match=r"x\.png and .*x\.jpg would be written under one name"):
-        find_images(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="none: there is no such file"):
+        check_names(find_images(str(tmp_path)))
+    with pytest.raises(ImageError, match="none: there is no such file"):
         find_images(str(tmp_path / "none"))
 
 
 def test_a_classifier_does_not_segment(capsys, tmp_path):
     a_photo().save(tmp_path / "photo.png")
-    assert cli.main(["segment", str(tmp_path / "photo.png"), str(tmp_path), "--model", "test_resnet_iabn.mnist"]) == 2
+    assert main(["segment", str(tmp_path / "photo.png"), str(tmp_path), "--model", "test_resnet_iabn.mnist"]) == 2
     assert "is for classification, not for segmentation" in capsys.readouterr().err
 
 
@@ -192,7 +193,7 @@ def test_two_processes_share_the_photos(weights, tmp_path):
     for number in range(3):
         a_photo(64, 40 + number).save(tmp_path / "photos" / f"{number}.png")
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    line += [str(ROOT / "tools" / "segment.py"), str(tmp_path / "photos"), str(tmp_path / "out"), "--longest", "64"]
+    line += [str(ROOT / "tools" / "segment.py"), str(tmp_path / "photos"), str(tmp_path / "out"), "--long-side", "64"]
     line += ["--model", "test_resnet_deeplab3_iabn", "--checkpoint", str(weights), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, check=False, env=environment, capture_output=True, text=True, timeout=200)

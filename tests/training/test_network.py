@@ -8,10 +8,11 @@ from torch import nn
 from torch.optim import lr_scheduler as torchs
 
 from iabn_hub.layers import ABN, InPlaceABN
-from iabn_hub.training.network import LearningRate, build_network, build_optimizer
-from iabn_hub.training.recipe import RecipeError, recipe_from
+from iabn_hub.recipes import RecipeError, recipe_from
+from iabn_hub.training.network import build_network
+from iabn_hub.training.optimisation import LearningRate, build_optimizer
 
-from .conftest import TINY
+from ..conftest import TINY
 
 STEPS, EPOCHS = 7, 9
 

@@ -32,7 +32,7 @@ def test_two_processes_go_on_after_one_was_killed_and_count_exactly(recipe_file,
     (data / "val" / "dark" / "0.png").unlink()  # 11 images: one process has 6, the other 5
     rate = {"learning_rate": 0.003, "schedule": {"type": "constant", "epochs": 8}}  # calm: the last bit decides nothing
     recipe = recipe_file(network={"bn_mode": "sync"}, optimizer=rate)
-    more = ("--workers", 0, "--minutes", 0, "--resume", "auto")
+    more = ("--workers", 0, "--snapshot-minutes", 0, "--resume", "auto")
     process = start("--max-restarts", 1, ROOT / "tools" / "train.py", recipe, data, "--out", out, *more)
     while process.poll() is None and not (out / "snapshots" / "step-00000007.pt").exists():
         time.sleep(0.001)
@@ -41,7 +41,7 @@ def test_two_processes_go_on_after_one_was_killed_and_count_exactly(recipe_file,
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "(iabn_sync) on 2 × cpu: 40 images" in said
-    assert said.count("going on from") == 1
+    assert said.count("resuming from") == 1
     report = json.loads((out / "metrics.json").read_text())
     assert [row["step"] for row in report["epochs"]] == list(range(5, 41, 5))
     assert report["result"]["top1"] == 100

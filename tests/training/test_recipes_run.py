@@ -7,16 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from iabn_hub.processes import Processes
-from iabn_hub.training.loop import Trainer
+from iabn_hub.datasets.folders import Location
+from iabn_hub.datasets.transforms import Normalize
+from iabn_hub.recipes import RECIPES, read_recipe
 from iabn_hub.training.network import build_network
-from iabn_hub.training.recipe import read_recipe
 from iabn_hub.training.snapshots import Snapshots
-from iabn_hub.training.splits import Location
-from iabn_hub.training.tasks import task_of
-from iabn_hub.training.transforms import Normalize
-
-from ..paths import TOOLS
+from iabn_hub.training.task import make_task
+from iabn_hub.training.trainer import Run, Trainer
+from iabn_hub.world import World
 
 CROP = 32
 SMALL = (
@@ -53,24 +51,27 @@ def in_two_classes(root):
     return root
 
 
-@pytest.mark.parametrize("path", sorted((TOOLS / "recipes").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.json")), ids=lambda path: path.stem)
 def test_two_steps(path, pictures, tmp_path):
     # The wide body under a segmentation head, 136 million parameters, differs in its size alone.
     small = ("network.arch=test_resnet_deeplab3", "training.amp=off") if "deeplab3" in path.stem else ()
     recipe = read_recipe(path, (*SMALL, *small))
-    alone = Processes(torch.device("cpu"))
-    task = task_of(recipe)
+    world = World(torch.device("cpu"))
     root = pictures(train=4) if recipe.task == "classification" else in_two_classes(tmp_path / "scenes")
-    train, val, _ = task.open(recipe, Location(str(root)), 4)
-    loader, _ = task.loaders(recipe, train, val, tmp_path, 0, alone)
+    task = make_task(recipe, Location(str(root)), world)
+    loader = task.train_loader(tmp_path, 0)
     torch.manual_seed(0)
     network = build_network(recipe)
     first = next(network.parameters())
     before = first.detach().clone()
-    trainer = Trainer(
-        recipe, task, network, loader, Normalize(recipe.input, recipe.input.lighting_train), None, alone,
-        Snapshots(tmp_path, 1), 1e9, lambda: False, lambda broken: None,
+    images = recipe.input
+    run = Run(
+        recipe=recipe, task=task, world=world, network=network, config={}, loader=loader,
+        normalize=Normalize(images.mean, images.std, images.lighting_train), validate=None,
+        snapshots=Snapshots(tmp_path, 1), snapshot_minutes=1e9, stop_requested=lambda: False,
+        on_skipped=lambda reasons: None,
     )  # fmt: skip
+    trainer = Trainer(run)
     journal = Numbers()
     trainer.train_epoch(network, journal)
     assert trainer.step == loader.steps == 2

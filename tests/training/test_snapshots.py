@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from iabn_hub.checkpoints.errors import CheckpointError
-from iabn_hub.training.snapshots import BEST, Snapshots, read_snapshot
+from iabn_hub.checkpoints.weights import BEST, read_snapshot
+from iabn_hub.training.snapshots import Snapshots
 
 
 def state(value):
@@ -85,7 +86,7 @@ class Code:
     ("content", "says"),
     [
         (lambda path: path.write_bytes(pickle.dumps(Code())), "is not a snapshot, or is damaged"),
-        (lambda path: torch.save({"weight": torch.zeros(1)}, path), "is not a snapshot of tools/train.py"),
+        (lambda path: torch.save({"weight": torch.zeros(1)}, path), "is not a snapshot of a training run"),
         (lambda path: torch.save({**state(1), "model": Code()}, path), "is not a snapshot, or is damaged"),
         (lambda path: None, "there is no such file"),
     ],

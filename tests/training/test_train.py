@@ -1,4 +1,4 @@
-"""tools/train.py learns, survives being killed, says what is wrong before it begins, and leaves weights that load."""
+"""Training learns, survives being killed, says what is wrong before it begins, and leaves weights that load."""
 
 import csv
 import itertools
@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iabn_hub
-from iabn_hub.training import command, loop
-from iabn_hub.training.snapshots import Snapshots, read_snapshot
+from iabn_hub.checkpoints.weights import read_snapshot
+from iabn_hub.cli import main
+from iabn_hub.training.snapshots import Snapshots
+from iabn_hub.training.trainer import Trainer
 
 from ..paths import ROOT
-from .conftest import RECIPES
 
 
 def weights(out):
@@ -61,7 +62,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(train, pictures, tmp_path, ca
     assert train(data, "--epochs", "1") == 0
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert train(data, "--epochs", "1", "--seed", "1") == 1
-    assert "holds a run already: go on with it by --resume auto, or pass --overwrite" in capsys.readouterr().err
+    assert "already holds a run: continue it with --resume auto, or pass --overwrite" in capsys.readouterr().err
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert train(data, "--epochs", "1", "--seed", "1", "--overwrite") == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
@@ -79,7 +80,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(train, recipe_file, pi
     recipe = recipe_file(training={"ema_decay": 0.9, "mixup": 0.2}, optimizer={"clip": 1.0})
     assert train(data, recipe=recipe, out=tmp_path / "whole") == 0
     out = tmp_path / "killed"
-    more = ("--workers", workers, "--minutes", "0", "--resume", "auto")
+    more = ("--workers", workers, "--snapshot-minutes", "0", "--resume", "auto")
     process = as_process(recipe, data, out, *more)
     while process.poll() is None and not (out / "snapshots" / "step-00000013.pt").exists():
         time.sleep(0.001)
@@ -89,8 +90,8 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(train, recipe_file, pi
     assert not (out / "model.safetensors").exists()
     assert train(data, *more, recipe=recipe, out=out) == 0
     said = capsys.readouterr().out
-    assert "going on from" in said
-    assert "step-00000010" not in said.partition("going on from")[2]
+    assert "resuming from" in said
+    assert "step-00000010" not in said.partition("resuming from")[2]
     assert same_weights(tmp_path / "whole", out)
     rows = [[row["epoch"], row["loss"], row["val_loss"]] for row in csv.DictReader((out / "metrics.csv").open())]
     whole = csv.DictReader((tmp_path / "whole" / "metrics.csv").open())
@@ -106,7 +107,7 @@ def test_going_back_to_an_earlier_snapshot(train, pictures, tmp_path, capsys):
     capsys.readouterr()
     assert train(data, "--resume", str(out / "snapshots" / "step-00000015.pt"), out=tmp_path / "other") == 0
     assert train(data, "--resume", str(out / "snapshots" / "step-00000015.pt"), out=tmp_path / "other") == 1
-    assert "other holds a run already: name another --out" in capsys.readouterr().err
+    assert "other already holds a run: choose another --out" in capsys.readouterr().err
 
 
 def test_a_mistake_with_overwrite_costs_nothing(train, pictures, tmp_path):
@@ -123,7 +124,7 @@ def test_more_images_than_before_are_noticed(train, pictures, tmp_path, capsys):
     for i in range(8):
         (data / "train" / "dark" / f"more{i}.png").write_bytes((data / "train" / "dark" / "0.png").read_bytes())
     assert train(data, "--epochs", "2", "--resume", "auto") == 1
-    assert "an epoch had 5 steps, now it has 6: the number of images has changed" in capsys.readouterr().err
+    assert "an epoch had 5 steps and now has 6, since the number of images has changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -131,7 +132,7 @@ def test_a_signal_ends_it_with_a_snapshot(train, recipe_file, pictures, tmp_path
     data = pictures()
     assert train(data, out=tmp_path / "whole") == 0
     steps = itertools.count(1)
-    step = loop.Trainer._step
+    step = Trainer._step
 
     def signalled(self, *arguments):
         if next(steps) == 7:
@@ -140,9 +141,9 @@ def test_a_signal_ends_it_with_a_snapshot(train, recipe_file, pictures, tmp_path
                 os.kill(os.getpid(), number)
         return step(self, *arguments)
 
-    monkeypatch.setattr(loop.Trainer, "_step", signalled)
+    monkeypatch.setattr(Trainer, "_step", signalled)
     assert train(data) == 128 + number
-    assert "stopped at step 8 with a snapshot; go on with --resume auto" in capsys.readouterr().out
+    assert "stopped at step 8 with a snapshot; continue with --resume auto" in capsys.readouterr().out
     assert [path.name for path in sorted((tmp_path / "run" / "snapshots").glob("step-*"))][-1] == "step-00000008.pt"
     assert train(data, "--resume", "auto") == 0
     assert same_weights(tmp_path / "whole", tmp_path / "run")
@@ -152,17 +153,17 @@ def test_going_on_with_another_rate_is_said_and_with_another_network_refused(tra
     data = pictures()
     assert train(data, "--epochs", "1") == 0
     capsys.readouterr()
-    changed = ("--resume", "auto", "--epochs", "2", "--set", "optimizer.learning_rate=0.01")
+    changed = ("--resume", "auto", "--epochs", "2", "--set", "optimizer.learning_rate=0.002")
     changed += ("--set", "training.decay_norms=false", "--set", "optimizer.classifier_lr=0.02")
     assert train(data, *changed) == 0
     said = capsys.readouterr().out
-    assert "changed since the snapshot: optimizer.learning_rate 0.05 to 0.01" in said
+    assert "changed since the snapshot: optimizer.learning_rate from 0.01 to 0.002" in said
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    assert float(rows[1]["learning_rate"]) < 0.005
+    assert float(rows[1]["learning_rate"]) < 0.001
     assert train(data, "--resume", "auto", "--set", "network.activation=elu") == 2
-    assert "cannot go on with network.activation 'leaky_relu' to 'elu'" in capsys.readouterr().err
+    assert "Cannot resume: network.activation changed from 'leaky_relu' to 'elu'" in capsys.readouterr().err
     assert train(data, "--resume", "auto", "--batch-size", "16") == 2
-    assert "cannot go on with optimizer.batch_size 8 to 16" in capsys.readouterr().err
+    assert "Cannot resume: optimizer.batch_size changed from 8 to 16" in capsys.readouterr().err
 
 
 def test_divergence_names_the_step_and_the_snapshot(train, pictures, tmp_path, capsys):
@@ -178,7 +179,7 @@ def test_divergence_names_the_step_and_the_snapshot(train, pictures, tmp_path, c
         assert all(value.isfinite().all() for value in read_snapshot(path)["model"].values())
 
 
-def test_broken_images_are_put_up_with_to_a_limit(train, pictures, tmp_path, capsys):
+def test_broken_images_are_tolerated_up_to_a_limit(train, pictures, tmp_path, capsys):
     data = pictures()
     for i in range(2):
         (data / "train" / "dark" / f"{i}.png").write_bytes(b"nothing")
@@ -192,15 +193,15 @@ def test_broken_images_are_put_up_with_to_a_limit(train, pictures, tmp_path, cap
     ("more", "code", "says"),
     [
         (("--batch-size", "64"), 1, "fewer than one batch of 64"),
-        (("--batch-size", "9", "--accumulate", "2"), 2, "cannot be shared evenly by 1 processes × 2 passes"),
-        (("--batch-size", "8", "--accumulate", "8"), 2, "leaves 1 to each of 1 processes × 8 passes; normalising"),
+        (("--batch-size", "9", "--accumulation-steps", "2"), 2, "is not divisible by 1 ranks × 2 accumulation steps"),
+        (("--batch-size", "8", "--accumulation-steps", "8"), 2, "leaves 1 images for each of 1 ranks × 8"),
         (("--batch-size", "5", "--set", "training.mixup=1"), 2, "mixup and cutmix need an even number"),
-        (("--device", "meta"), 1, "device 'meta' cannot be used: train and validate on cpu or cuda"),
-        (("--device", "toaster"), 1, "device 'toaster' cannot be used"),
+        (("--device", "meta"), 2, "device 'meta' cannot be used: choose cpu or cuda"),
+        (("--device", "toaster"), 2, "device 'toaster' cannot be used"),
         (("--set", "optimizer.rate=1"), 2, "unknown key 'rate' in optimizer"),
         (("--model", "resnet50"), 2, "--model is 'resnet50', not a name such as resnet50_iabn"),
-        (("--model", "resnet51_iabn"), 2, "network.arch is 'resnet51', and there is no such network; did you mean"),
-        (("--pretrained", "none.pth"), 1, "no checkpoint is called 'none.pth'"),
+        (("--model", "resnet51_iabn"), 2, "network.arch is 'resnet51', which is not an architecture; did you mean"),
+        (("--pretrained", "none.pth"), 2, "no checkpoint is called 'none.pth'"),
         (("--resume", "none.pt"), 1, "none.pt: there is no such file"),
         (("--keep", str(10**12)), 1, "bytes are free, the snapshots need"),
     ],
@@ -216,17 +217,28 @@ def test_what_cannot_work_is_said_before_the_first_step(train, pictures, tmp_pat
 def test_wrong_usage_is_explained(capsys):
     for arguments, says in (
         (["tiny"], "name the folder of the images"),
-        (["tiny", "x", "--workers", "-1"], "--workers is -1: it must be 0 or more"),
-        (["tiny", "x", "--resume", "auto", "--overwrite"], "--resume goes on with what is there"),
+        (["tiny", "x", "--workers", "-1"], "Invalid value for '--workers': -1 is not in the range x>=0"),
+        (["tiny", "x", "--resume", "auto", "--overwrite"], "--resume continues a run"),
+        (["nothing", "x"], "there is no such file or recipe; there are densenet264_iabn.lr_256_in1k"),
     ):
-        with pytest.raises(SystemExit) as e:
-            command.main(RECIPES, arguments)
-        assert e.value.code == 2
+        assert main(["train", *arguments]) == 2
         assert says in capsys.readouterr().err
-    assert command.main(RECIPES, ["nothing", "x"]) == 2
-    assert "there is no such file or recipe; there are densenet264_iabn.lr_256_in1k" in capsys.readouterr().err
-    assert command.main(RECIPES, ["list"]) == 0
+    assert main(["train", "list"]) == 0
     assert "resnet50_iabn.modern" in capsys.readouterr().out
+
+
+def test_options_of_the_first_release_are_accepted_with_a_warning(train, pictures, capsys):
+    assert train(pictures(), "--epochs", "1", "--minutes=0", "--accumulate", "2") == 0
+    said = capsys.readouterr()
+    assert "--minutes is now called --snapshot-minutes" in said.err
+    assert "--accumulate is now called --accumulation-steps" in said.err
+
+
+def test_json_holds_the_metrics_alone(train, pictures, tmp_path, capsys):
+    assert train(pictures(), "--epochs", "1", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "epoch 1/1" in said.err
 
 
 def test_accumulated_passes_see_the_same_images(train, pictures, tmp_path):
@@ -235,7 +247,7 @@ def test_accumulated_passes_see_the_same_images(train, pictures, tmp_path):
     losses = {}
     for passes in ("1", "2"):
         out = tmp_path / passes
-        assert train(data, "--epochs", "3", "--batch-size", "16", "--accumulate", passes, out=out) == 0
+        assert train(data, "--epochs", "3", "--batch-size", "16", "--accumulation-steps", passes, out=out) == 0
         report = json.loads((out / "metrics.json").read_text())
         losses[passes] = report["epochs"][0]["loss"]
         assert report["epochs"][-1]["step"] == 6
@@ -274,7 +286,7 @@ def test_fine_tuning_begins_with_the_weights_of_an_earlier_run(train, pictures, 
     fine = ("--epochs", "1", "--set", "optimizer.learning_rate=1e-9", "--set", "optimizer.weight_decay=0")
     assert train(other, *fine, "--pretrained", str(tmp_path / "run"), out=out) == 0
     said = capsys.readouterr().out
-    assert f"begins with the weights of {tmp_path}/run" in said
+    assert f"initial weights: {tmp_path}/run" in said
     assert "the classifier is new: the weights have 2 classes, the network 3" in said
     before, after = weights(tmp_path / "run"), weights(out)
     assert torch.allclose(before["conv1.weight"], after["conv1.weight"], atol=1e-7)
@@ -283,4 +295,4 @@ def test_fine_tuning_begins_with_the_weights_of_an_earlier_run(train, pictures, 
 
 def test_published_weights_begin_a_run(train, pictures, capsys):
     assert train(pictures(), "--epochs", "1", "--pretrained") == 0
-    assert "begins with the weights of test_resnet_iabn.mnist" in capsys.readouterr().out
+    assert "initial weights: test_resnet_iabn.mnist" in capsys.readouterr().out

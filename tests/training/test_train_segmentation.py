@@ -1,4 +1,4 @@
-"""tools/train_segmentation.py learns generated scenes, goes on exactly, and its figures are those of a plain loop."""
+"""Segmentation networks learn generated shapes, resume exactly, and their metrics are those of a plain loop."""
 
 import importlib.util
 import json
@@ -11,19 +11,18 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iabn_hub
-from iabn_hub import cli
-from iabn_hub.processes import Processes
+from iabn_hub.cli import main
+from iabn_hub.datasets.samples import Batch
+from iabn_hub.evaluation import evaluate
+from iabn_hub.segmentation.metrics import SegmentationMetrics
 from iabn_hub.segmentation.palette import palette_of
-from iabn_hub.training import command
-from iabn_hub.training.data import Batch
-from iabn_hub.training.score_scenes import evaluate_scenes
+from iabn_hub.world import World
 
 from ..paths import ROOT, TOOLS
-from .conftest import RECIPES
 from .test_processes import start
 
 RECIPE = "test_resnet_deeplab3_iabn.shapes"
-SMALL = ("--batch-size", "4", "--set", "input.crop_train=64", "--set", "segmentation.longest_val=0", "--workers", "0")
+SMALL = ("--batch-size", "4", "--set", "input.crop_train=64", "--set", "segmentation.long_side_val=0", "--workers", "0")
 
 
 def shapes(root, **options):
@@ -35,7 +34,7 @@ def shapes(root, **options):
 
 
 def train(data, out, *more):
-    return command.main(RECIPES, [RECIPE, str(data), "--out", str(out), *more], command.TRAIN_SEGMENTATION)
+    return main(["train", RECIPE, str(data), "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_a_tiny_network_learns_the_shapes(tmp_path, measure, capsys):
     capsys.readouterr()
     photo = data / "val" / "images" / "000.png"
     line = ["segment", str(photo), str(tmp_path / "out"), "--model", str(out), "--json"]
-    assert cli.main([*line, "--output", "raw,palette"]) == 0
+    assert main([*line, "--output", "raw,palette"]) == 0
     shown = json.loads(capsys.readouterr().out)["images"][0]
     assert set(shown["classes"]) <= set(report["classes"])
     assert train(data, out, "--epochs", "3", "--resume", "auto") == 0  # there is nothing to do but the files
@@ -81,7 +80,7 @@ def test_a_run_that_stopped_goes_on_exactly(scenes, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(scenes, whole, *SMALL, "--epochs", "2", "--set", "input.color_jitter_train=true") == 0
     same = (*SMALL, "--set", "input.color_jitter_train=true")
-    assert train(scenes, parts, *same, "--epochs", "2", "--minutes", "0", "--keep", "9") == 0
+    assert train(scenes, parts, *same, "--epochs", "2", "--snapshot-minutes", "0", "--keep", "9") == 0
     for name in ("model.safetensors", "config.json", "metrics.json", "report.html"):
         (parts / name).unlink()
     snapshot = parts / "snapshots" / "step-00000004.pt"  # in the middle of the second epoch
@@ -102,19 +101,19 @@ def test_two_processes_count_exactly(scenes, tmp_path, measure):
     _, alone = measure(out, scenes)
     assert alone["images"] == 3  # one process had two of them, the other one
     assert report["result"]["miou"] == pytest.approx(alone["miou"], rel=1e-3)
-    assert report["result"]["accuracy"] == pytest.approx(alone["accuracy"], rel=1e-3)
+    assert report["result"]["pixel_accuracy"] == pytest.approx(alone["pixel_accuracy"], rel=1e-3)
 
 
-def test_the_body_begins_with_a_classifier(scenes, tmp_path, capsys):
+def test_the_backbone_is_initialised_from_a_classifier(scenes, tmp_path, capsys):
     out = tmp_path / "run"
     rate = ("--set", "optimizer.learning_rate=1e-9", "--set", "optimizer.weight_decay=0")
     assert train(scenes, out, *SMALL, *rate, "--epochs", "1", "--pretrained", "test_resnet_iabn.mnist") == 0
-    assert "the body begins with the weights of test_resnet_iabn.mnist" in capsys.readouterr().out
+    assert "initial weights of the backbone: test_resnet_iabn.mnist" in capsys.readouterr().out
     begun = iabn_hub.create_model("test_resnet_iabn.mnist", pretrained=True).conv1.weight
-    assert load_file(out / "model.safetensors")["body.conv1.weight"].allclose(begun, atol=1e-6)
+    assert load_file(out / "model.safetensors")["backbone.conv1.weight"].allclose(begun, atol=1e-6)
     again = tmp_path / "again"
     assert train(scenes, again, *SMALL, "--epochs", "1", "--pretrained", str(out)) == 0
-    assert f"begins with the weights of {out}" in capsys.readouterr().out
+    assert f"initial weights: {out}" in capsys.readouterr().out
 
 
 class Guesses(torch.nn.Module):
@@ -135,7 +134,8 @@ def test_the_score_is_that_of_a_plain_loop():
         Batch(torch.from_numpy(i), torch.from_numpy(t), torch.zeros(1, dtype=torch.long), ())
         for i, t in zip(images, truths)
     ]
-    score = evaluate_scenes(Guesses(), batches, torch.nn.Identity(), Processes(torch.device("cpu")))
+    device = torch.device("cpu")
+    score = evaluate(Guesses(), batches, torch.nn.Identity(), World(device), SegmentationMetrics(5, device))
     guesses, counted = images[:, :, 0], truths != 255
     expected = []
     for c in range(4):
@@ -145,9 +145,9 @@ def test_the_score_is_that_of_a_plain_loop():
     assert score.iou[:4].tolist() == pytest.approx(expected, rel=1e-12)
     assert score.iou[4].isnan()
     assert score.miou == pytest.approx(np.mean(expected), rel=1e-12)
-    assert score.accuracy == pytest.approx(100 * ((guesses == truths) & counted).sum() / counted.sum(), rel=1e-12)
-    assert score.shown()[0].shape == (8, 24, 3)
-    assert tuple(score.shown()[0][0, 8]) == (
+    assert score.pixel_accuracy == pytest.approx(100 * ((guesses == truths) & counted).sum() / counted.sum(), rel=1e-12)
+    assert score.pictures()[0].shape == (8, 24, 3)
+    assert tuple(score.pictures()[0][0, 8]) == (
         (0, 0, 0) if truths[0, 0, 0, 0] == 255 else palette_of(5).colors[truths[0, 0, 0, 0]]
     )
 
@@ -155,10 +155,10 @@ def test_the_score_is_that_of_a_plain_loop():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--set", "training.mixup=0.2"), "training.mixup is 0.2: that is for classifiers"),
+        (("--set", "training.mixup=0.2"), "training.mixup is 0.2: that is for classification only"),
         (("--set", "training.min_scale=0.5"), "set segmentation.min_scale"),
-        (("--set", "segmentation.min_scale=3"), "segmentation.min_scale is 3.0; it must be 0.01 to 1.6"),
-        (("--set", "optimizer.schedule.params.power=0"), "params.power is 0; it must be above 0"),
+        (("--set", "segmentation.min_scale=3"), "segmentation.min_scale is 3.0, more than segmentation.max_scale, 1.6"),
+        (("--set", "optimizer.schedule.params.power=0"), "power is 0.0: must be above 0"),
         (("--set", "network.arch=test_resnet"), "is a classifier"),
     ],
 )
@@ -166,14 +166,6 @@ def test_what_cannot_work_is_said_before_it_begins(scenes, tmp_path, capsys, mor
     assert train(scenes, tmp_path / "run", *more) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_each_tool_names_the_other(scenes, tmp_path, capsys):
-    assert command.main(RECIPES, [RECIPE, str(scenes), "--out", str(tmp_path)]) == 2
-    assert "is for segmentation: use tools/train_segmentation.py" in capsys.readouterr().err
-    wrong = ["test_resnet_iabn.mnist", str(scenes), "--out", str(tmp_path)]
-    assert command.main(RECIPES, wrong, command.TRAIN_SEGMENTATION) == 2
-    assert "is for classification: use tools/train.py" in capsys.readouterr().err
 
 
 def test_a_broken_scene_is_named_and_replaced(scenes, tmp_path, capsys):
@@ -191,19 +183,19 @@ def test_a_broken_scene_is_named_and_replaced(scenes, tmp_path, capsys):
 def test_validation_says_what_does_not_fit(scenes, measure, tmp_path):
     assert train(scenes, tmp_path / "run", *SMALL, "--epochs", "1") == 0
     run = tmp_path / "run"
-    assert "--ten-crop is for classifiers" in measure(run, scenes, "--ten-crop")[1]
+    assert "--ten-crop is for classification" in measure(run, scenes, "--ten-crop")[1]
     assert "MODEL must be a name from 'iabn-hub list'" in measure(run, scenes, "--check")[1]
     assert "none/val is not a folder" in measure(run, tmp_path / "none")[1]
     other = shapes(tmp_path / "other", train=1, val=1, side=64)
     (other / "classes.json").write_text('["a", "b", "c", "d", "e"]')
     code, said = measure(run, other)
     assert code == 1
-    assert f"{other} has 5 classes, {run} tells 4 apart" in said
+    assert f"{other} has 5 classes, {run} has 4" in said
     (other / "classes.json").write_text('["disc", "background", "square", "triangle"]')
-    assert f"{run} others" in measure(run, other)[1]
+    assert f"{run} has background, disc" in measure(run, other)[1]
     (other / "classes.json").unlink()
     Image.new("L", (64, 64), 255).save(other / "val" / "labels" / "000.png")
-    assert "no pixel counts" in measure(run, other)[1]
+    assert "no pixel is scored" in measure(run, other)[1]
     _, once = measure(run, scenes)
     _, often = measure(run, scenes, "--scales", "1,1.5", "--flip", "--tile", "64")
     assert often["protocol"]["scales"] == [1.0, 1.5]

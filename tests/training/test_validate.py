@@ -1,4 +1,4 @@
-"""tools/validate.py measures what the catalogue says, whatever names the network, and says what it cannot do."""
+"""Validation measures what the catalogue says, whatever names the network, and says what it cannot do."""
 
 import json
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import iabn_hub
 from iabn_hub.checkpoints import fetch_checkpoint, find
-from iabn_hub.training import validate
+from iabn_hub.cli import main
 
 from ..paths import DATA
 
@@ -94,17 +94,17 @@ def test_a_legacy_file_needs_its_architecture(measure, digits, tmp_path):
     torch.save({"state_dict": network.state_dict()}, tmp_path / "x.pth.tar")
     code, said = measure(tmp_path / "x.pth.tar", digits)
     assert code == 1
-    assert "of which network are these weights? Pass --arch" in said
+    assert "does not state its architecture: pass --arch" in said
     code, found = measure(tmp_path / "x.pth.tar", digits, "--arch", "test_resnet_iabn")
     assert (code, found["images"]) == (0, 1000)
     assert found["top1"] == find("test_resnet_iabn.mnist").result("64").top1
 
 
 def test_ten_crops_and_other_norms(measure, digits):
-    crops = ("--crop", "56", "--scale", "64")
+    crops = ("--crop", "56", "--resize", "64")
     _, one = measure("test_resnet_iabn.mnist", digits, *crops)
     _, ten = measure("test_resnet_iabn.mnist", digits, *crops, "--ten-crop")
-    assert ten["protocol"] == {"scale": 64, "crop": 56, "ten_crop": True}
+    assert ten["protocol"] == {"resize": 64, "crop": 56, "ten_crop": True}
     assert ten["top1"] != one["top1"]
     _, standard = measure("test_resnet_iabn.mnist", digits, *crops, "--norm-layer", "abn")
     assert standard["changes"] == ["normalisation: in-place ABN becomes standard BatchNorm, with the same scales"]
@@ -123,7 +123,7 @@ def test_the_report_shows_mistakes(measure, digits, tmp_path):
     text = page.read_text()
     assert text.count("<figure>") == round(1000 - 10 * found["top1"])
     assert text.count("<img") == text.count("<figure>")
-    assert "The worst classes" in text
+    assert "Worst classes" in text
 
 
 def test_broken_images_are_named_and_left_out(measure, pictures, train, tmp_path):
@@ -136,10 +136,10 @@ def test_broken_images_are_named_and_left_out(measure, pictures, train, tmp_path
 
 
 def test_text_for_people(measure, digits, capsys):
-    assert validate.main(["test_resnet_iabn.mnist", str(digits), "--workers", "0", "--check"]) == 0
+    assert main(["validate", "test_resnet_iabn.mnist", str(digits), "--workers", "0", "--check"]) == 0
     said = capsys.readouterr().out
     assert "on 1,000 images (centre crop of 64 from 64)" in said
-    assert "check passed: the catalogue says top1 " in said
+    assert "check passed: published top1 " in said
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_text_for_people(measure, digits, capsys):
     [
         ("test_resnet_iabn.mnst", (), 2, "no checkpoint is called 'test_resnet_iabn.mnst'; did you mean"),
         ("test_resnet_iabn.mnist", ("--check", "--crop", "48"), 1, "no figure of test_resnet_iabn.mnist for this"),
-        ("test_resnet_iabn.mnist", ("--crop", "64", "--scale", "32"), 1, "--scale 32 is less than --crop 64"),
+        ("test_resnet_iabn.mnist", ("--crop", "64", "--resize", "32"), 2, "--resize 32 is less than --crop 64"),
         ("test_resnet_iabn.mnist", ("--split", "test"), 1, "test is not a folder"),
-        (".", (), 1, "is no folder of a run"),
+        (".", (), 1, "is not the folder of a run"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said(measure, digits, tmp_path, monkeypatch, model, more, code, says):
@@ -163,7 +163,7 @@ def test_data_with_other_classes_is_refused(measure, pictures, train, tmp_path):
     data = pictures()
     code, said = measure("test_resnet_iabn.mnist", data)
     assert code == 1
-    assert f"{data} has 2 classes, test_resnet_iabn.mnist tells 10 apart" in said
+    assert f"{data} has 2 classes, test_resnet_iabn.mnist has 10" in said
     assert train(data, "--epochs", "1") == 0
     other = pictures(tmp_path / "other", classes=("black", "white"))
     code, said = measure(tmp_path / "run", other)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iabn_hub.layers import building, reference
+from iabn_hub.layers import reference
+from iabn_hub.layers.backends import building
 
 HERE = Path(__file__).parent
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}

@@ -1,0 +1,1 @@
+"""Measurements of the layer and of whole networks."""

@@ -1,0 +1,1 @@
+"""Image classification: prediction, metrics, and the task that training sees."""

@@ -1,0 +1,64 @@
+"""Training and validating a classifier: one class per image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..datasets.folders import Location, check_same_classes, classes_of, open_split
+from ..datasets.loaders import BatchPlan, TrainLoader, val_loader
+from ..datasets.samples import samples_of
+from ..datasets.transforms import train_transform, val_transform
+from ..recipes import Recipe
+from ..world import World
+from .metrics import ClassificationMetrics, check_labels
+
+
+class ClassificationTask:
+    """See `training.task.Task`."""
+
+    counts = ("correct", "correct_top5")
+    monitors = ("top1", "top5")
+
+    def __init__(self, recipe: Recipe, location: Location, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        seed = recipe.training.seed
+        self.train = open_split(location, location.train_split, True, recipe.micro_batch(world.size), seed)
+        self.val = open_split(location, location.val_split)
+        check_same_classes(location, self.train, self.val)
+        self.classes = classes_of(self.train)
+
+    def train_loader(self, out: Path, workers: int) -> TrainLoader:
+        training = self.recipe.training
+        samples = samples_of(self.train, train_transform(self.recipe), self.world, training.seed, training=True)
+        plan = BatchPlan(self.recipe.optimizer.batch_size, training.accumulation_steps, training.repeats, training.seed)
+        return TrainLoader(samples, plan, workers, self.world)
+
+    def val_loader(self, workers: int) -> Any:
+        images = self.recipe.input
+        samples = samples_of(self.val, val_transform(images.scale_val, images.crop_val), self.world)
+        return val_loader(samples, self.recipe.micro_batch(self.world.size), workers, self.world)
+
+    def check_labels(self, labels: Tensor, classes: int) -> None:
+        check_labels(labels, classes)
+
+    def logits_at_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits
+
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def count(self, logits: Tensor, labels: Tensor) -> list[Tensor]:
+        hits = logits.topk(min(5, logits.size(1))).indices == labels[:, None]
+        return [hits[:, 0].sum(), hits.sum()]
+
+    def train_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        images = max(sums["images"], 1)
+        return {"top1": 100 * sums["correct"] / images, "top5": 100 * sums["correct_top5"] / images}
+
+    def new_metrics(self, num_classes: int, device: torch.device) -> ClassificationMetrics:
+        return ClassificationMetrics()

@@ -1,0 +1,175 @@
+"""iabn-hub export: checkpoints as repositories of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import huggingface_hub
+
+from ..checkpoints.catalogue import find, records
+from ..checkpoints.errors import CheckpointError, UnknownNameError
+from ..files import md5_of
+from ..publishing.export import WEIGHTS, Export, check, export_of, write_repository
+from ..publishing.hub import Target, differences, push
+from .frame import FAILED, INTERRUPTED, OK, complain, complete_names, json_option, options, print_json
+
+target_options = options(
+    click.option("--to-dir", type=click.Path(path_type=Path), metavar="DIR", help="Write DIR/MODEL.TAG/."),
+    click.option("--overwrite", is_flag=True, help="Write into a folder that holds other files too."),
+    click.option("--repo", metavar="ORG[/NAME]", help="Upload to this repository."),
+    click.option("--private", is_flag=True, help="A repository that is created is private."),
+    click.option("--revision", metavar="BRANCH", help="Upload to this branch, created if missing."),
+    click.option("--create-pr", is_flag=True, help="Upload as a pull request."),
+)
+
+
+@click.command("export")
+@click.argument("names", metavar="[MODEL.TAG]…", nargs=-1, shell_complete=complete_names)
+@click.option("--all", "everything", is_flag=True, help="Every checkpoint of the catalogue.")
+@click.option("--from", "given", type=click.Path(path_type=Path), metavar="FILE|RUN",
+              help="Take the weights from this file, snapshot or run.")  # fmt: skip
+@target_options
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and upload nothing.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Load what was written, and again what was uploaded, through timm: its logits must equal the source's.",
+)
+@json_option
+def command(names: tuple[str, ...], everything: bool, **given: Any) -> int:
+    """Export checkpoints as repositories of the Hugging Face Hub: fetch and verify, convert, describe, upload.
+
+    Each becomes model.safetensors, config.json (timm's), README.md (a model card), provenance.json (digests and
+    versions), and recipe.json where its training is known. The same command writes the same files, and uploads nothing
+    where nothing has changed. MODEL.TAG may be a pattern in quotes, such as 'resnet*'.
+
+    --to-dir writes them to DIR/MODEL.TAG. --repo ORG/NAME uploads one checkpoint there, --repo ORG each to
+    ORG/MODEL.TAG. Log in with 'hf auth login' before. --from takes a local file, whose md5 must be the published
+    one, or a training run, which gets the name MODEL.TAG.
+
+    \b
+    Examples:
+      iabn-hub export resnext101_iabn.lr_512_in1k --to-dir export --check
+      iabn-hub export --all --repo my-org --dry-run
+      iabn-hub export resnet50_iabn.birds --from runs/birds --repo my-org/resnet50-birds --check --private
+    """
+    _check_usage(names, everything, given)
+    chosen = list(records()) if everything else _matching(names, given["given"])
+    if len(chosen) > 1 and (given["given"] or "/" in (given["repo"] or "")):
+        raise click.UsageError(f"--from and --repo ORG/NAME are for one checkpoint, these are {len(chosen)}")
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, name in enumerate(chosen, start=1):
+            print(f"[{number}/{len(chosen)}] {name}", file=sys.stderr)
+            rows.append(_one(name, given))
+    except KeyboardInterrupt:
+        return complain("interrupted; the same command continues where it stopped", INTERRUPTED)
+    finally:
+        if given["as_json"]:
+            print_json(rows)
+    failed = [row["name"] for row in rows if "error" in row]
+    if failed and len(chosen) > 1:
+        complain(f"{len(failed)} of {len(chosen)} failed: {', '.join(failed)}")
+    return FAILED if failed else OK
+
+
+def _check_usage(names: tuple[str, ...], everything: bool, given: dict[str, Any]) -> None:
+    if bool(names) == everything:
+        raise click.UsageError("name the checkpoints, or pass --all")
+    if not (given["to_dir"] or given["repo"] or given["dry_run"] or given["check"]):
+        raise click.UsageError("name a target: --to-dir DIR, --repo ORG/NAME or both")
+    if given["repo"] and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given["repo"]):
+        raise click.UsageError(f"--repo is {given['repo']!r}, not ORG or ORG/NAME")
+
+
+def _matching(names: tuple[str, ...], given: Path | None) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        if given is not None:
+            found[name] = None  # the name that a run gets
+        elif any(sign in name for sign in "*?["):
+            matching = fnmatch.filter(records(), name)
+            if not matching:
+                raise UnknownNameError(f"no checkpoint matches {name!r}; 'iabn-hub list' shows them")
+            found.update(dict.fromkeys(matching))
+        else:
+            found[find(name).name] = None
+    return list(found)
+
+
+def _one(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name}
+    try:
+        with _folder(given["to_dir"], name) as folder:
+            _publish(name, folder, given, row)
+    except UnknownNameError:
+        raise
+    except (CheckpointError, OSError, ValueError) as e:
+        row["error"] = str(e)
+        complain(e)
+    return row
+
+
+@contextlib.contextmanager
+def _folder(to_dir: Path | None, name: str) -> Iterator[Path]:
+    if to_dir is not None:
+        yield to_dir / name
+        return
+    with tempfile.TemporaryDirectory(prefix="iabn_hub-export-") as folder:
+        yield Path(folder) / name
+
+
+def _publish(name: str, folder: Path, given: dict[str, Any], row: dict[str, Any]) -> None:
+    """Export one checkpoint; what was done is added to `row`."""
+
+    def report(text: str) -> None:
+        if not given["as_json"]:
+            print(text, flush=True)
+
+    export = export_of(name, given["given"])
+    repo = given["repo"]
+    if repo is not None and "/" not in repo:
+        repo = f"{repo}/{export.name}"
+    files = write_repository(export, folder, repo, given["overwrite"])
+    sizes = {file: path.stat().st_size for file, path in files.items()}
+    row |= {"source": dict(export.origin), "files": sizes, "md5": md5_of(files[WEIGHTS])}
+    if given["to_dir"]:
+        row["folder"] = str(folder)
+        report(f"{folder}: {sum(sizes.values()):,} bytes in {len(sizes)} files")
+    if given["check"]:
+        check(export, f"local-dir:{folder}")
+        row["checked"] = ["folder"]
+        report("  checked: timm loads the folder, and its logits equal the source's bit for bit")
+    if given["dry_run"]:
+        changes = differences(repo, files, given["revision"]) if repo else dict.fromkeys(files, "new")
+        row["would_upload"] = changes
+        for file, change in changes.items():
+            report(f"  {change:<8} {file:<18} {sizes[file]:>14,} bytes")
+    elif repo is not None:
+        target = Target(repo, given["private"], given["revision"], given["create_pr"])
+        report(_upload(export, target, files, row))
+        if given["check"]:
+            with tempfile.TemporaryDirectory(prefix="iabn_hub-check-") as cache:
+                check(export, f"hf-hub:{repo}@{row['commit']}", Path(cache))
+            row["checked"].append("hub")
+            report("  checked: timm loads the repository at this commit, and its logits equal the source's bit for bit")
+
+
+def _upload(export: Export, target: Target, files: dict[str, Path], row: dict[str, Any]) -> str:
+    """Upload what differs; returns a line for people."""
+    message = f"{export.name}, converted from {export.origin['file']} (md5 {export.origin['md5']})"
+    commit, changes = push(target, files, message)
+    changed = [file for file, change in changes.items() if change != "same"]
+    row |= {"repo": target.repo, "commit": commit, "uploaded": changed}
+    # The entry of a catalogue that makes the repository a source of this checkpoint.
+    row["catalogue"] = {"repo": target.repo, "revision": commit, "md5": row["md5"]}
+    endpoint = huggingface_hub.constants.ENDPOINT
+    return f"  {endpoint}/{target.repo} @ {commit}: {', '.join(changed) or 'nothing has changed'}"

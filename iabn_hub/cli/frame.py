@@ -1,0 +1,203 @@
+"""What all commands share: their options, their output, and the exit code of every kind of error."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+
+from .. import __version__
+from ..checkpoints.catalogue import records
+from ..checkpoints.errors import CatalogueError, CheckpointError, UnknownNameError
+from ..layers.backends.building import BuildError
+from ..recipes import RecipeError
+from ..world import DeviceError
+
+PROGRAM = "iabn-hub"
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+COMMANDS = (
+    "list", "info", "fetch", "verify", "doctor", "classify", "segment", "train", "validate", "export", "convert",
+    "mirror", "benchmark",
+)  # fmt: skip
+# Options of the first release, which are accepted with a warning for one more.
+RENAMED_OPTIONS = {
+    "--minutes": "--snapshot-minutes",
+    "--accumulate": "--accumulation-steps",
+    "--longest": "--long-side",
+    "--ignore": "--ignore-index",
+    "--scale": "--resize",
+}
+WIDE = 200  # columns of a table that goes to a file or a pipe
+
+
+class Commands(click.Group):
+    """Loads the module of a command when that command is used."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"{__package__}.{name}").command
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
+def app() -> None:
+    """Convolutional networks with in-place activated BatchNorm: find, fetch, verify, use, train and publish them.
+
+    'iabn-hub classify' without arguments classifies bundled images with a bundled network, offline.
+
+    \b
+    Environment variables:
+      IABN_HUB_CACHE      folder for weights
+      IABN_HUB_MIRROR     http://, https:// or file:// base URL of a mirror
+      IABN_HUB_CATALOGUE  further catalogue files, separated as in PATH
+      IABN_HUB_OFFLINE=1  never download
+
+    Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+
+    Shell completion: eval "$(_IABN_HUB_COMPLETE=bash_source iabn-hub)", or zsh_source, fish_source.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # print names that the terminal cannot show
+    try:
+        given = _with_new_names(list(sys.argv[1:] if arguments is None else arguments))
+        code = app.main(given, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else OK
+    except BrokenPipeError:  # 'iabn-hub list | head'
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except BaseException as e:
+        return _exit_code(e)
+
+
+def _exit_code(error: BaseException) -> int:
+    """Report an error in one sentence; returns the exit code of its kind. What is not known here is raised again."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return USAGE
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else PROGRAM
+        return complain(f"{error.format_message()} (see '{where} --help')", USAGE)
+    if isinstance(error, UnknownNameError | RecipeError | DeviceError):
+        return complain(error, USAGE)
+    if isinstance(error, CheckpointError | BuildError | FloatingPointError | ValueError):
+        return complain(error, FAILED)
+    if isinstance(error, OSError):
+        text = f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
+        return complain(text, FAILED)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return complain("interrupted", INTERRUPTED)
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    raise error
+
+
+def complain(message: object, code: int = FAILED) -> int:
+    """Print an error on stderr; returns `code`."""
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return code
+
+
+def _with_new_names(arguments: list[str]) -> list[str]:
+    renamed = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in RENAMED_OPTIONS:
+            complain(f"{name} is now called {RENAMED_OPTIONS[name]}; the old name will be removed in the next release")
+            name = RENAMED_OPTIONS[name]
+        renamed.append(name + equals + value)
+    return renamed
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Several click options as one decorator, in the order in which --help lists them."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.reduce(lambda inner, decorator: decorator(inner), reversed(decorators), function)
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+device_option = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+amp_option = click.option("--amp", type=click.Choice(["off", "bf16", "fp16"]), default="off", help="Mixed precision.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that read images, per rank."
+)
+
+
+class Numbers(click.ParamType[Any]):
+    """A list such as 0.7,1,1.2."""
+
+    name = "X,…"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> tuple[float, ...]:
+        try:
+            return value if isinstance(value, tuple) else tuple(float(each) for each in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.7,1,1.2", parameter, context)
+
+
+class Words(click.ParamType[Any]):
+    """A list of some of the given words, such as palette,overlay."""
+
+    def __init__(self, known: Sequence[str]) -> None:
+        self.known, self.name = tuple(known), "WORD,…"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> tuple[str, ...]:
+        words = value if isinstance(value, tuple) else tuple(dict.fromkeys(str(value).split(",")))
+        for word in words:
+            if word not in self.known:
+                self.fail(f"{word!r} is not one of {', '.join(self.known)}", parameter, context)
+        return words
+
+
+def complete_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of checkpoints for shell completion."""
+    return [name for name in records() if name.startswith(incomplete)]
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Report a ValueError of an option's value as wrong usage."""
+    try:
+        yield
+    except CatalogueError:
+        raise
+    except ValueError as e:
+        raise click.UsageError(str(e), click.get_current_context(silent=True)) from e
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def console() -> Console:
+    """For tables: as wide as the terminal, and wide enough for whole names in a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, emoji=False, markup=False)

@@ -1,0 +1,99 @@
+"""Image classification datasets: class folders, tar files, shards, and what timm reads under a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.data
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torchvision.datasets import ImageFolder
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where images are: a folder with `train` and `val` in it, or what `timm.data.create_dataset` reads.
+
+    `dataset` is a name of timm's: wds, hfds/NAME, hfids/NAME, tfds/NAME, torch/NAME; empty for folders of class folders
+    and for tar files, one a split or one a class. `samples` are the images of a stream whose shards do not say it.
+    """
+
+    root: str
+    dataset: str = ""
+    train_split: str = "train"
+    val_split: str = "val"
+    train_samples: int | None = None
+    val_samples: int | None = None
+    download: bool = False
+
+
+class DataError(ValueError):
+    """The data is not as training or validation needs it; the message says where and how it should be."""
+
+
+def open_split(location: Location, split: str, training: bool = False, batch_size: int = 1, seed: int = 0) -> Any:
+    """The images of one split, as torchvision's or timm's dataset without a transform.
+
+    Raises:
+        DataError: nothing is there, or the package that reads it is missing.
+    """
+    root = Path(location.root)
+    try:
+        if not location.dataset:
+            return _open_folder(root, split)
+        samples = location.train_samples if training else location.val_samples
+        return timm.data.create_dataset(
+            location.dataset if "/" in location.dataset else f"{location.dataset}/",
+            root=location.root or None,
+            split=split,
+            is_training=training,
+            batch_size=batch_size,
+            num_samples=samples,
+            seed=seed,
+            download=location.download,
+        )
+    except DataError:
+        raise
+    except Exception as e:  # whatever the packages behind these names raise
+        what = f"{location.dataset} {location.root}".strip()
+        raise DataError(f"{what}: split {split!r} cannot be opened: {str(e).strip() or type(e).__name__}") from e
+
+
+def _open_folder(root: Path, split: str) -> Any:
+    folder, tar = root / split, root / f"{split}.tar"
+    if tar.is_file() or (folder.is_dir() and any(folder.glob("*.tar"))):
+        place = tar if tar.is_file() else folder
+        # timm would keep a pickle beside a large tar, and open files that forked workers share with their positions.
+        reader = ReaderImageInTar(str(place), cache_tarfiles=False, cache_tarinfo=False)
+        return timm.data.ImageDataset(str(place), reader=reader)
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*")
+    # Not timm's reader: its order of the classes is another one, and leaves of the same name become one class.
+    return ImageFolder(str(folder))
+
+
+def classes_of(dataset: Any) -> tuple[str, ...] | None:
+    """The names of its classes in the order of the labels; None where it does not know them."""
+    reader = getattr(dataset, "reader", dataset)
+    numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    return tuple(sorted(numbers, key=lambda name: int(numbers[name]))) if numbers else None
+
+
+def check_same_classes(location: Location, train: Any, val: Any) -> None:
+    """Refuse two splits with different classes.
+
+    Raises:
+        DataError: names the classes that one of them lacks.
+    """
+    ours, theirs = classes_of(train), classes_of(val)
+    if ours and theirs and ours != theirs:
+        lacks = [
+            f"{split} has no {', '.join(missing[:5])}"
+            for split, missing in (
+                (location.val_split, sorted(set(ours) - set(theirs))),
+                (location.train_split, sorted(set(theirs) - set(ours))),
+            )
+            if missing
+        ]
+        raise DataError(f"{location.root}: the splits have different classes: {'; '.join(lacks)}")

@@ -1,0 +1,1 @@
+"""Find, build and load the kernels of the layer's operators."""

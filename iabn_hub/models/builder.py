@@ -1,0 +1,103 @@
+"""Build a network, with weights if requested. Every registered architecture calls `build`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict_from_hf
+from timm.models._builder import resolve_pretrained_cfg
+from torch import nn
+
+from ..checkpoints.catalogue import Checkpoint, checkpoints_of
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.fetch import fetch_checkpoint
+from ..checkpoints.weights import read_weights, weights_in
+from .state_dict import fit
+from .timm_config import URL_SCHEME
+
+
+def build(network: type[nn.Module], variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """The network, with verified weights if `pretrained`.
+
+    Weights come from the caller if `pretrained_cfg` or its overlay names a file, a folder, a Hub repository or a state
+    dict, else from the catalogue's record for the tag, verified by md5. They are read before the network is built, and
+    only here: timm never opens a file.
+
+    Raises:
+        CheckpointError: no such weights, or they cannot be fetched, verified or loaded.
+    """
+    cfg = resolve_pretrained_cfg(
+        variant, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
+    )
+    new_classifier = "num_classes" in options
+    source, weights, unsigned = "", None, None
+    if pretrained:
+        record = next((r for r in checkpoints_of(variant) if r.tag == cfg.tag), None)
+        if record:
+            _check_options(record, network)
+            unsigned = _reads_unsigned(variant, record.options)
+            options = {**record.options, **options}
+        source, weights, is_published = _read(cfg, variant, record, options.get("cache_dir"))
+        unsigned = unsigned if is_published else None
+    if options.get("features_only"):
+        options.setdefault("out_indices", tuple(range(network.stages + 1)))  # type: ignore[attr-defined]
+
+    def make(**arguments: Any) -> nn.Module:
+        model = network(**arguments)
+        if weights is not None:
+            try:
+                model.load_state_dict(fit(weights, model, new_classifier, unsigned))
+            except CheckpointError as e:
+                raise type(e)(f"{source}: cannot load {variant}: {e}") from e
+        return model
+
+    model: nn.Module = build_model_with_cfg(
+        make, variant, False, pretrained_cfg=cfg.to_dict(), feature_cfg={"feature_cls": "getter"}, **options
+    )
+    return model
+
+
+def _read(
+    cfg: PretrainedCfg, variant: str, record: Checkpoint | None, cache: str | None
+) -> tuple[str, Mapping[str, Any], bool]:
+    """Where the weights come from, in words; the weights; and whether they are the published ones."""
+    if cfg.state_dict:
+        return "the given state dict", cfg.state_dict, False
+    if cfg.file is not None:
+        if not str(cfg.file):
+            raise CheckpointError("the name of the file of weights is empty")
+        path = Path(cfg.file).expanduser()
+        path = weights_in(path) if path.is_dir() else path
+        return str(path), read_weights(path), False
+    if cfg.hf_hub_id:
+        name = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
+        source = f"hf-hub:{cfg.hf_hub_id}"
+        try:
+            return source, load_state_dict_from_hf(cfg.hf_hub_id, **name, weights_only=True, cache_dir=cache), False
+        except Exception as e:  # whatever the Hub's client and the reader of the file let through
+            raise CheckpointError(f"{source}: {str(e).strip() or type(e).__name__}") from e
+    if cfg.url and not str(cfg.url).startswith(URL_SCHEME):
+        raise CheckpointError(f"{cfg.url}: weights are not loaded from a bare URL; download the file and name it")
+    if record is None:
+        raise CheckpointError(
+            f"no weights are published for {variant}: pass pretrained=False, or name a file with "
+            "pretrained_cfg_overlay={'file': PATH}. 'iabn-hub list' shows what exists"
+        )
+    path = fetch_checkpoint(record, cache=cache)
+    return str(path), read_weights(path), True
+
+
+def _reads_unsigned(variant: str, options: Mapping[str, Any]) -> bool:
+    standard = "abn" if variant.endswith("_abn") else "iabn"
+    return options.get("norm_layer", standard) != "abn" and not options.get("signed_scale", False)
+
+
+def _check_options(record: Checkpoint, network: type[nn.Module]) -> None:
+    unknown = [name for name in record.options if name not in inspect.signature(network).parameters]
+    if unknown:
+        raise CheckpointError(
+            f"{record.catalogue}: {record.name}: {network.__name__} has no option {', '.join(unknown)}"
+        )

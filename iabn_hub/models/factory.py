@@ -1,0 +1,78 @@
+"""Build networks by name, with weights if requested. Importing this registers the architectures in timm."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import timm
+from timm.models import register_notrace_module
+from torch import nn
+
+from ..checkpoints.catalogue import records, records_at_import, suggest
+from ..checkpoints.errors import UnknownNameError
+from ..layers import ABN, InPlaceABN, InPlaceABNSync
+from . import iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
+
+_logger = logging.getLogger(__name__)
+_FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
+ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
+SEGMENTATION_MODELS = tuple(iabn_deeplab.default_cfgs)
+MODELS = (*ARCHITECTURES, *SEGMENTATION_MODELS)
+HUB = "hf-hub:"  # timm's prefix of names on the Hugging Face Hub
+
+for _layer in (ABN, InPlaceABN, InPlaceABNSync):
+    register_notrace_module(_layer)
+
+for _record in records_at_import().values():
+    if _record.task == "classification" and _record.model not in ARCHITECTURES:
+        _logger.warning(
+            "%s: %s: there is no architecture %r%s. The record cannot be used.",
+            _record.catalogue,
+            _record.name,
+            _record.model,
+            suggest(_record.model, ARCHITECTURES),
+        )
+
+
+def in_repository(name: str) -> bool:
+    """Whether a name is one of timm's for a place with a config.json: 'hf-hub:ORG/NAME', 'local-dir:PATH'."""
+    return name.startswith((HUB, "local-dir:"))
+
+
+def list_models(pretrained: bool = False) -> list[str]:
+    """Names for `create_model`: all architectures, or every `model.tag` with weights."""
+    if not pretrained:
+        return sorted(MODELS)
+    return [name for name, record in records().items() if record.model in MODELS]
+
+
+def create_model(
+    name: str, pretrained: bool = False, checkpoint: str | os.PathLike[str] | None = None, **options: Any
+) -> nn.Module:
+    """`timm.create_model` for our names, with nearest names for a mistyped one.
+
+    Args:
+        name: `model`, `model.tag`, or 'hf-hub:ORG/NAME' and 'local-dir:PATH' as timm takes them.
+        pretrained: load the weights of the tag (without one: of the model's first checkpoint).
+        checkpoint: load this file instead, legacy `.pth.tar` or safetensors, or the one in this folder; nothing is
+            fetched. Or 'hf-hub:ORG/NAME[@COMMIT]', the weights of a repository.
+        options: `num_classes`, `in_chans`, `features_only`, and the options of the architecture.
+
+    Raises:
+        UnknownNameError: no such model or tag.
+        CheckpointError: the weights cannot be fetched, verified or loaded.
+    """
+    # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
+    if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):
+        raise UnknownNameError(f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)]))
+    if isinstance(checkpoint, str) and checkpoint.startswith(HUB):
+        pretrained = True
+        from_hub = {"hf_hub_id": checkpoint.removeprefix(HUB), "file": None, "url": None}
+        options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), **from_hub}
+    elif checkpoint is not None:  # an empty name as well: it is refused, not replaced by the published weights
+        pretrained = True
+        options["pretrained_cfg_overlay"] = {**options.get("pretrained_cfg_overlay", {}), "file": os.fspath(checkpoint)}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return model

@@ -1,0 +1,129 @@
+"""Records read from JSON that others wrote: valid and frozen, or one sentence that names the field and its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+LONGEST_VALUE = 80  # characters of a value that a message shows
+
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def record_class(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that checks the types of its fields.
+
+    Strict: 1 is not true, "10" is not 10. Only 90.0 is 90, as other programs write it.
+    """
+    return dataclass(frozen=True, config=_CONFIG)(cls)  # type: ignore[return-value]
+
+
+def replaced(value: T, **changes: Any) -> T:
+    """A copy of a record with other values of some fields."""
+    copy: T = dataclasses.replace(typing.cast(Any, value), **changes)
+    return copy
+
+
+def _integral(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a record from within its `__post_init__`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def read_json(text: str) -> Any:
+    """Parsed JSON without the NaN and Infinity that Python's parser would accept.
+
+    Raises:
+        ValueError: not JSON, or nested too deeply.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not a number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
+def parse(cls: type[T], content: Any, error: Callable[[str], Exception]) -> T:
+    """An instance of a record class from parsed JSON.
+
+    Args:
+        error: makes the exception of a sentence such as "optimizer.batch_size is 'many': must be a valid integer".
+    """
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(content))
+    except ValidationError as e:
+        raise error(_sentence(cls, e)) from e
+
+
+def _sentence(cls: Any, error: ValidationError) -> str:
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    # A misspelt key explains why another one is missing.
+    first = next((e for e in error.errors() if e["type"] in unknown), error.errors()[0])
+    path = [step for step in first["loc"] if not (isinstance(step, str) and "[" in step)]  # a validator's own name
+    name = ".".join(map(str, path))
+    kind, message = first["type"], first["msg"].removeprefix("Value error, ")
+    if kind in unknown:
+        inside = ".".join(map(str, path[:-1]))
+        known = _fields_at(cls, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        return f"unknown key {path[-1]!r}" + (f" in {inside}" if inside else "") + f"; {hint}"
+    if kind in ("missing", "missing_argument"):
+        missing = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == kind]
+        return f"missing field {', '.join(missing)}"
+    if kind == "value_error":  # of a `require`, which names the field itself
+        inside = f"{name}." if name else ""
+        return inside + message
+    value = repr(first["input"])
+    value = value if len(value) <= LONGEST_VALUE else value[:LONGEST_VALUE] + "…"
+    return f"{name or 'the content'} is {value}: {message.replace('Input should be', 'must be')}"
+
+
+def _fields_at(cls: Any, path: list[Any]) -> list[str]:
+    """The field names of the record class that stands at a path below `cls`."""
+    for step in path:
+        if isinstance(step, int):
+            continue
+        hint = typing.get_type_hints(cls)[step]
+        inner = [each for each in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(each)]
+        if not inner:
+            return []
+        cls = inner[0]
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The record as plain values, ready for JSON."""
+    plain: dict[str, Any] = dataclasses.asdict(value)
+    return plain
+
+
+def changed_fields(now: Mapping[str, Any], before: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """What differs between two records as dictionaries: the dotted name, the value before and the value now."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in now.items():
+        name, earlier = f"{prefix}{key}", before.get(key)
+        if isinstance(value, Mapping) and isinstance(earlier, Mapping):
+            found |= changed_fields(value, earlier, f"{name}.")
+        elif value != earlier:
+            found[name] = (earlier, value)
+    return found

@@ -1,0 +1,170 @@
+"""The command line answers in text and JSON, names what is wrong, and exits as documented."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from iabn_hub import __version__
+from iabn_hub.checkpoints import cache_folder, find, records
+from iabn_hub.classification.predict import SAMPLES
+from iabn_hub.cli import main
+
+from ..legacy_files import a_record, a_small_network, flip_a_byte, md5, save_legacy, write_catalogue
+
+BUNDLED = "test_resnet_iabn.mnist"
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """A checkpoint in an added catalogue, with a mirror folder that holds it."""
+    record = a_record(save_legacy(tmp_path / "mirror" / "test_resnet_iabn.legacy.pth.tar", a_small_network()))
+    monkeypatch.setenv("IABN_HUB_CATALOGUE", str(write_catalogue(tmp_path / "more.json", record)))
+    monkeypatch.setenv("IABN_HUB_MIRROR", (tmp_path / "mirror").as_uri())
+    return record
+
+
+def test_version(run):
+    assert run("--version")[:2] == (0, f"iabn-hub {__version__}\n")
+
+
+def test_no_command_is_wrong_usage(run):
+    code, _, err = run()
+    assert code == 2
+    assert "COMMAND" in err
+
+
+def test_default_reads_the_bundled_digits(run):
+    code, out, _ = run("classify", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["model"] == BUNDLED
+    assert len(answer["images"]) >= 5
+    for image in answer["images"]:
+        assert image["predictions"][0]["label"] == image["image"].rsplit("_", 1)[1].removesuffix(".png")
+
+
+def test_text_shows_percentages(run):
+    code, out, _ = run("classify", SAMPLES / "digit_7.png", "--topk", 2)
+    assert code == 0
+    assert out.startswith(f"model: {BUNDLED}\n")
+    assert len(out.splitlines()) == 4
+    assert out.splitlines()[2].split()[1:] == ["%", "7"]
+
+
+def test_bad_images_are_named_and_do_not_stop_the_others(run, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    code, out, err = run("classify", tmp_path / "text.png", tmp_path / "gone.png", tmp_path / "dot.png", "--json")
+    assert code == 1
+    assert ["error" in image for image in json.loads(out)["images"]] == [True, True, False]
+    assert "text.png: is not an image" in err
+    assert "gone.png: there is no such file" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("classify", "--model", "resnxt101_iabn", "x.png"), "did you mean resnext101_iabn"),
+        (("classify", "--model", "resnext101_iabn"), "name at least one image"),
+        (("classify", "--model", "wider_resnet38_deeplab3_iabn.vistas", "x.png"), "is for segmentation"),
+        (("classify", "--topk", "0"), "Invalid value for '--topk': 0 is not in the range x>=1"),
+        (("classify", "--device", "toaster"), "device 'toaster' cannot be used"),
+        (("info", "resnet18_iabn"), "no weights are published for resnet18_iabn"),
+        (("classify", "--model", "resnet18_iabn", "x.png"), "no weights are published for resnet18_iabn"),
+        (("classify", "--device", "meta"), "device 'meta' cannot be used"),
+        (("info", "resnet50"), "no checkpoint is called 'resnet50'; did you mean resnet50_iabn"),
+        (("fetch", "nothing_like_it"), "'iabn-hub list' shows all names"),
+        (("fetch",), "Missing argument 'NAME…'"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+    ],
+)
+def test_wrong_usage_is_a_sentence(run, arguments, says):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert says in err
+    assert out == ""
+
+
+def test_list_shows_every_checkpoint(run):
+    code, out, _ = run("list")
+    assert code == 0
+    for record in records().values():
+        assert any(line.split()[:2] == [record.model, record.tag] for line in out.splitlines())
+    assert "78.08 %" in out
+    rows = json.loads(run("list", "--json")[1])
+    by_name = {(row["model"], row["tag"]): row for row in rows}
+    assert by_name["resnext101_iabn", "lr_512_in1k"]["top1_224"] == 78.08
+    assert by_name["resnet18_iabn", None]["parameters"] == 11689512
+    assert by_name["test_resnet_iabn", "mnist"]["cached"] is True
+    assert by_name["resnet34_iabn", "sync_lr_512_in1k"]["cached"] is False
+
+
+def test_info_tells_accuracy_licence_and_source(run):
+    code, out, _ = run("info", "resnext101_iabn.lr_512_in1k")
+    assert code == 0
+    for fact in ("78.08 %", "ten crops of 224", "3b7a221cbc076410eb12c8dd361b7e4e", "ImageNet", "Rota Bulò"):
+        assert fact in out
+    assert json.loads(run("info", "resnext101_iabn", "--json")[1])["results"][0]["top1"] == 78.08
+
+
+def test_fetch_caches_and_verify_notices_damage(run, listed):
+    code, out, _ = run("fetch", listed.name, "--json")
+    path = cache_folder() / listed.filename
+    assert (code, json.loads(out)[0]["path"]) == (0, str(path))
+    assert run("verify")[0] == 0
+    flip_a_byte(path)
+    code, out, _ = run("verify", listed.name)
+    assert code == 1
+    assert out.startswith(f"wrong    {listed.name}")
+    assert listed.md5 in out
+    assert path.exists()
+
+
+def test_damage_with_an_old_date_is_not_forgotten(run, listed):
+    path = cache_folder() / listed.filename
+    run("fetch", listed.name)
+    dated = path.stat()
+    flip_a_byte(path)
+    os.utime(path, ns=(dated.st_atime_ns, dated.st_mtime_ns))
+    assert run("verify", listed.name)[0] == 1
+    code, _, err = run("fetch", listed.name)
+    assert (code, md5(path)) == (0, listed.md5)
+    assert "fetching it again" in err
+
+
+def test_verify_of_a_file_that_is_not_there(run, listed):
+    code, out, _ = run("verify", listed.name, BUNDLED, "--json")
+    assert code == 1
+    assert {row["name"]: row["status"] for row in json.loads(out)} == {listed.name: "missing", BUNDLED: "ok"}
+
+
+def test_failed_fetch_does_not_stop_the_others(run, listed, monkeypatch):
+    monkeypatch.setenv("IABN_HUB_OFFLINE", "1")
+    code, out, err = run("fetch", listed.name, BUNDLED)
+    assert code == 1
+    assert "downloads are off" in err
+    assert out.startswith(BUNDLED)
+
+
+def test_checkpoint_named_by_the_caller_is_loaded(run, tmp_path):
+    path = find(BUNDLED).catalogue.replace("catalogue.json", find(BUNDLED).file)
+    code, out, _ = run("classify", SAMPLES / "digit_3.png", "--checkpoint", path, "--json")
+    assert code == 0
+    assert json.loads(out)["images"][0]["predictions"][0]["label"] == "3"
+    bad = {tmp_path / "gone.pth": "gone.pth: there is no such file", "": "is empty", "x" * 5000: "xxx"}
+    for name, says in bad.items():
+        code, _, err = run("classify", SAMPLES / "digit_3.png", "--checkpoint", name)
+        assert code == 1
+        assert says in err

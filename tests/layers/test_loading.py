@@ -1,0 +1,137 @@
+"""Without working kernels the reference serves, one warning says why, and what failed is not tried again and again."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from iabn_hub import InPlaceABN
+from iabn_hub.layers.backends import building, loading
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a new process that has built nothing yet."""
+    monkeypatch.setattr(loading, "_status", {})
+    monkeypatch.setenv("IABN_HUB_BUILD_DIR", str(tmp_path / "kernels"))
+    monkeypatch.delenv("IABN_HUB_BACKEND", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    return monkeypatch
+
+
+def a_compiler(folder, script):
+    path = folder / "cxx"
+    path.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def works():
+    x = torch.randn(4, 3, 5)
+    return torch.allclose(InPlaceABN(3, activation="identity")(x.clone()).mean((0, 2)), torch.zeros(3), atol=1e-5)
+
+
+def test_no_compiler_is_one_warning(fresh, tmp_path, caplog):
+    fresh.setenv("PATH", str(tmp_path))
+    assert works()
+    assert works()
+    assert loading.use_native("cpu").backend == "reference"
+    warnings = [r.getMessage() for r in caplog.records if "native CPU kernels" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "no C++ compiler is on the PATH" in warnings[0]
+    assert "install g++ or set CXX" in warnings[0]
+
+
+def test_failing_compiler_is_remembered(fresh, tmp_path):
+    log = tmp_path / "calls"
+    script = (
+        f"open({str(log)!r}, 'a').write('call\\n')\nif '--version' in sys.argv: sys.exit()\nsys.exit('error: broken')"
+    )
+    fresh.setenv("CXX", str(a_compiler(tmp_path, script)))
+    assert works()
+    assert "error: broken" in loading.use_native("cpu").reason
+    calls = log.read_text().count("call")
+    fresh.setattr(loading, "_status", {})
+    assert "remembered; IABN_HUB_BUILD=force tries again" in loading.use_native("cpu").reason
+    assert log.read_text().count("call") == calls + 1, "only --version is asked again"
+    fresh.setattr(loading, "_status", {})
+    fresh.setenv("IABN_HUB_BUILD", "force")
+    assert "remembered" not in loading.use_native("cpu").reason
+
+
+def test_building_can_be_forbidden(fresh):
+    fresh.setenv("IABN_HUB_BUILD", "0")
+    assert "IABN_HUB_BUILD=0 forbids" in loading.use_native("cpu").reason
+    assert works()
+
+
+def test_folder_that_cannot_be_written_is_named(fresh, tmp_path):
+    (tmp_path / "a_file").write_text("")
+    fresh.setenv("IABN_HUB_BUILD_DIR", str(tmp_path / "a_file" / "kernels"))
+    reason = loading.use_native("cpu").reason
+    assert "a_file" in reason
+    assert "set IABN_HUB_BUILD_DIR" in reason
+
+
+def test_native_can_be_demanded(fresh, tmp_path):
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.setenv("IABN_HUB_BACKEND", "native")
+    with pytest.raises(building.BuildError, match="no C\\+\\+ compiler"):
+        InPlaceABN(3)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(("name", "value"), [("IABN_HUB_BACKEND", "cuda"), ("IABN_HUB_BUILD", "yes")])
+def test_misspelt_setting_is_a_sentence(fresh, name, value):
+    fresh.setenv(name, value)
+    if name == "IABN_HUB_BACKEND":
+        with pytest.raises(building.BuildError, match=f"{name} is '{value}'"):
+            loading.use_native("cpu")
+    else:
+        assert f"{name} is '{value}'" in loading.use_native("cpu").reason
+
+
+def doctor(**environment):
+    command = [sys.executable, "-m", "iabn_hub", "doctor", "--json"]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=240, env=os.environ | environment
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_doctor_tells_of_a_missing_compiler(tmp_path):
+    code, facts = doctor(PATH=str(tmp_path), IABN_HUB_BUILD_DIR=str(tmp_path / "kernels"), CXX="", IABN_HUB_BACKEND="")
+    assert code == 0
+    assert facts["compiler"].startswith("none: no C++ compiler")
+    assert facts["devices"]["cpu"]["backend"] == "reference"
+    assert facts["devices"]["cpu"]["self_check"].startswith("right")
+
+
+@pytest.mark.skipif(os.environ.get("IABN_HUB_BACKEND") == "reference", reason="only the reference is wanted")
+def test_truncated_library_is_built_again(tmp_path):
+    settings = {"IABN_HUB_BUILD_DIR": str(tmp_path / "kernels"), "IABN_HUB_BACKEND": ""}
+    code, facts = doctor(**settings)
+    assert code == 0
+    if facts["devices"]["cpu"]["backend"] != "native":
+        pytest.skip(facts["devices"]["cpu"]["reason"])
+    library = facts["devices"]["cpu"]["library"]
+    whole = os.path.getsize(library)
+    os.truncate(library, whole // 2)
+    code, facts = doctor(**settings)
+    assert code == 0
+    assert facts["devices"]["cpu"]["reason"].startswith("built with")
+    assert os.path.getsize(library) == whole
+    assert doctor(**settings)[1]["devices"]["cpu"]["reason"] == "built earlier, from the cache"
+    assert sorted(p.suffix for p in (tmp_path / "kernels").iterdir()) == [".lock", ".sha256", ".so"]
+
+
+@pytest.mark.parametrize("demanded", ["", "native"])
+def test_a_device_without_native_kernels_uses_the_reference_in_silence(fresh, demanded, caplog):
+    fresh.setenv("IABN_HUB_BACKEND", demanded)
+    y = InPlaceABN(4, device="meta")(torch.empty(3, 4, 5, device="meta"))
+    assert (y.shape, y.device.type) == ((3, 4, 5), "meta")
+    assert loading.use_native("meta").backend == "reference"
+    assert not caplog.records
