@@ -10,8 +10,9 @@ import torch
 
 from ..benchmarks.layer import LayerOptions, measure_layer
 from ..benchmarks.memory import NETWORKS, measure_memory
-from ..world import usable_device
-from .frame import device_option, json_option, options, print_json
+from ..benchmarks.training import TrainingOptions, measure_training
+from ..world import init_world, usable_device
+from .frame import device_option, json_option, options, print_json, workers_option
 
 common: Callable[[Any], Any] = options(
     device_option,
@@ -51,6 +52,32 @@ def memory(networks: tuple[str, ...], batch_size: int, **given: Any) -> None:
     result = measure_memory(networks or NETWORKS, batch_size, device, not given["no_compile"], report)
     if given["as_json"]:
         print_json(result)
+
+
+@command.command("training")
+@click.argument("recipe", metavar="RECIPE")
+@click.argument("data", metavar="DATA")
+@click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Change the recipe.")
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Per round.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@workers_option
+@device_option
+@json_option
+def training(recipe: str, data: str, changes: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Time the training loop beside a bare loop on one batch in memory; DATA is a folder as for 'iabn-hub train'."""
+    chosen = TrainingOptions(recipe, data, changes, given["workers"], given["steps"], given["rounds"])
+    with init_world(given["device"]) as world:
+        result = measure_training(chosen, world)
+    if as_json:
+        print_json(result)
+        return
+    print(f"{result['machine']}, {chosen.workers} workers")
+    print(
+        f"{result['network']} at {result['crop']}, batch {result['batch']}, {result['steps']} steps × {chosen.rounds}: "
+        f"training loop {result['loop_images_per_second']:.1f}, bare loop {result['bare_images_per_second']:.1f} "
+        f"images/s, {100 * result['loop_to_bare']:.1f} % of the bare loop; {100 * result['waiting']:.1f} % of the time "
+        "waiting for data"
+    )
 
 
 def _prepare(given: dict[str, Any]) -> tuple[str, Callable[[str], None]]:

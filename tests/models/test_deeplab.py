@@ -1,4 +1,4 @@
-"""DeepLabV3 computes what the reference implementation computed, and sits on any body."""
+"""DeepLabV3 computes what the reference implementation computed, and works with any backbone."""
 
 import numpy as np
 import pytest
@@ -59,9 +59,9 @@ def test_the_window_of_a_pixel_is_averaged(size, shape):
     assert torch.allclose(head._context(x), x.mean((2, 3), keepdim=True))
 
 
-def test_on_any_body_every_parameter_learns():
-    body = iabn_hub.create_model("test_resnet_iabn", features_only=True, output_stride=8, out_indices=(1, 4))
-    network = DeepLabV3(body, 96, 5, norm).train()
+def test_with_any_backbone_every_parameter_learns():
+    backbone = iabn_hub.create_model("test_resnet_iabn", features_only=True, output_stride=8, out_indices=(1, 4))
+    network = DeepLabV3(backbone, 96, 5, norm).train()
     logits = network(torch.randn(2, 3, 64, 48))
     assert logits.shape == (2, 5, 8, 6)
     logits.square().mean().backward()
@@ -73,10 +73,10 @@ def test_on_any_body_every_parameter_learns():
 def test_options_reach_every_part():
     options = {"in_chans": 1, "norm_layer": "abn", "activation": "relu", "device": "meta"}
     network = iabn_hub.create_model(NAME, num_classes=3, **options)
-    assert network.body.conv1.in_channels == 1
+    assert network.backbone.conv1.in_channels == 1
     assert {type(m).__name__ for m in network.modules() if "ABN" in type(m).__name__} == {"ABN"}
     network.set_grad_checkpointing()
-    assert network.body.grad_checkpointing
+    assert network.backbone.grad_checkpointing
 
 
 def test_the_segmentation_network_does_not_classify():

@@ -172,10 +172,10 @@ def test_sending_again_without_change_makes_no_commit(export, listed, server):
     assert row["commit"] == server.commit_id(server.files("me/legacy"))
     assert server.commits("me/legacy") == 1
     code, (row,), _ = export(NAME, "--repo", "me/legacy", "--dry-run")
-    assert set(row["would_send"].values()) == {"same"}
+    assert set(row["would_upload"].values()) == {"same"}
     server.files("me/legacy")["README.md"] = b"---\n---\nother"
     code, (row,), _ = export(NAME, "--repo", "me/legacy", "--dry-run")
-    assert row["would_send"]["README.md"] == "changed"
+    assert row["would_upload"]["README.md"] == "changed"
     assert server.commits("me/legacy") == 1
     code, (row,), _ = export(NAME, "--repo", "me/legacy")
     assert row["uploaded"] == ["README.md"]
@@ -184,7 +184,7 @@ def test_sending_again_without_change_makes_no_commit(export, listed, server):
 
 def test_a_dry_run_sends_nothing(export, listed, server):
     code, (row,), _ = export(NAME, "--repo", "me", "--dry-run")
-    assert (code, row["would_send"]) == (0, dict.fromkeys(FILES, "new"))
+    assert (code, row["would_upload"]) == (0, dict.fromkeys(FILES, "new"))
     assert not any(request.startswith(("POST", "PUT")) for request in server.requests)
 
 
@@ -257,7 +257,7 @@ def test_a_file_that_is_here_must_be_the_published_one(export, listed, legacy, t
     other = save_legacy(tmp_path / "other.pth.tar", a_small_network(), epoch_note=torch.ones(1))
     code, (row,), _ = export(NAME, "--from", other, "--to-dir", tmp_path / "out2")
     assert code == 1
-    assert f"expected {listed.md5}: this is not the published file" in row["error"]
+    assert f"expected {listed.md5}. It was not used: this is not the published file" in row["error"]
     assert not (tmp_path / "out2").exists()
 
 

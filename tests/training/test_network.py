@@ -104,10 +104,12 @@ def test_groups_of_the_optimizer():
     optimizer = build_optimizer(content, network)
     found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     for name, parameter in network.named_parameters():
-        rate = 0.5 if name.startswith("fc.") else 0.05
+        rate = 0.5 if name.startswith("fc.") else TINY["optimizer"]["learning_rate"]
         assert found[id(parameter)] == (rate, 1e-3 if parameter.dim() > 1 else 0.0), name
-    assert LearningRate(content, STEPS).set(optimizer, 3 * STEPS) == pytest.approx(0.05 / 2)
-    assert {g["lr"] for g in optimizer.param_groups} == {0.05 / 2, 0.5 / 2}
+    assert LearningRate(content, STEPS).set(optimizer, 3 * STEPS) == pytest.approx(
+        TINY["optimizer"]["learning_rate"] / 2
+    )
+    assert {g["lr"] for g in optimizer.param_groups} == {TINY["optimizer"]["learning_rate"] / 2, 0.5 / 2}
 
 
 def test_kinds_of_optimizer():

@@ -26,7 +26,7 @@ SMALL = ("--batch-size", "4", "--set", "input.crop_train=64", "--set", "segmenta
 
 
 def shapes(root, **options):
-    spec = importlib.util.spec_from_file_location("shapes_scenes", TOOLS / "shapes_scenes.py")
+    spec = importlib.util.spec_from_file_location("shapes_dataset", TOOLS / "shapes_dataset.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.write(root, **options)

@@ -1,11 +1,20 @@
-"""Builds the CUDA kernels for the host and runs them; as a script on a library, and with exit 1 if that is wrong."""
+"""Builds the CUDA kernels for the host and runs them.
+
+As a script on libraries: checks each in a process of its own, which threads that wait at different barriers end, and
+prints its exit code and what it wrote on stderr as JSON.
+"""
 
 import ctypes
+import json
 import math
+import os
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,137 +181,179 @@ def assert_near(ours: Tensor, exact: Tensor, size: Tensor, tolerance: float, wha
     assert error <= tolerance, f"{what} is off by {error:.1e} of the size of its terms"
 
 
-def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, rows: bool, *, seed: int = 0,
-          activation: tuple[int, float] = (1, 0.01), affine: torch.dtype | None = torch.float32, joined: bool = False,
-          signed: bool = False, shift: int = 0, gap: int = 0, mean: float = 0.0, in_place: bool = True,
-          processors: int = 4, shared_bytes: int = 100 << 10) -> list[Plan]:  # fmt: skip
+@dataclass(frozen=True)
+class Case:
+    """One kind of tensor and layer, and the device that the kernels plan for."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    rows: bool
+    seed: int = 0
+    activation: tuple[int, float] = (1, 0.01)
+    affine: torch.dtype | None = torch.float32
+    joined: bool = False
+    signed: bool = False
+    shift: int = 0
+    gap: int = 0
+    mean: float = 0.0
+    in_place: bool = True
+    processors: int = 4
+    shared_bytes: int = 100 << 10
+
+
+def check(library: Library, shape: tuple[int, int, int], dtype: torch.dtype, rows: bool, **options: Any) -> list[Plan]:
     """Compare every launcher with the formulas in float64; the plans that were taken."""
-    generator = torch.Generator().manual_seed(seed)
-    random = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
-    n, c, s = shape
-    x, dy, r = ((random(*shape) + m).to(dtype) for m in (mean, 0, 0))
-    weight = bias = None
-    if affine:
-        weight = random(c).to(affine)
-        weight[: min(2, c - 1)] = 0
-        bias = random(c).to(affine)
-    residual = r if joined else None
-    tolerance, loose = TOLERANCE[dtype], TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
-    options = (weight, bias, 1e-5, *activation, signed)
+    return Comparison(library, Case(shape, dtype, rows, **options)).run()
 
-    def exactly(v):
-        return v.double() if isinstance(v, Tensor) else v
 
-    recover = tuple(map(exactly, (weight, bias, residual, *options[2:])))
-    held = lambda values: Guarded(values, x, rows, shift, gap)  # noqa: E731
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exact_mean, exact_var = reference.statistics(x.double())
-    spread = exact_var + exact_mean.square() * torch.finfo(wide).eps ** 2 + 1e-300
-    plans = []
+class Comparison:
+    """The launchers on one case, step by step, and what they should give in float64."""
 
-    def statistics_right(found_mean, found_var, what):
-        assert_near(found_mean, exact_mean, x.double().abs().amax((0, 2)) + 1e-300, loose, f"{what}: mean")
-        assert_near(found_var, exact_var, spread, 1e3 * loose if mean else 10 * loose, f"{what}: var")
+    def __init__(self, library: Library, case: Case) -> None:
+        self.library, self.case, self.plans = library, case, list[Plan]()
+        generator = torch.Generator().manual_seed(case.seed)
 
-    # forward
-    gx = held(x)
-    *found, plan = library(STATISTICS, x, rows, [gx], options, processors=processors, shared_bytes=shared_bytes)
-    plans.append(plan)
-    statistics_right(*found, "statistics")
-    exact_y = reference.normalize(x.double(), exact_mean, exact_var, *recover)
-    y_size = exact_y.abs().amax((0, 2)) + (r.double().abs().amax((0, 2)) if joined else 0) + 1e-300
-    given = {"mean": exact_mean.to(wide), "var": exact_var.to(wide)}
-    rounded = reference.normalize(x.double(), *(v.double() for v in given.values()), *recover)
-    gr = held(r) if joined else None
-    gy = gx if in_place else held(None)
-    *_, plan = library(
-        NORMALIZE, x, rows, [gx, gr, gy], options, **given, processors=processors, shared_bytes=shared_bytes
-    )
-    assert_near(gy.view, rounded, y_size, 10 * tolerance if dtype == wide else tolerance, "normalize")
-    gy.assert_untouched()
-    gx = held(x)
-    gy = gx if in_place else held(None)
-    fused = library(FUSED_FORWARD, x, rows, [gx, gr, gy], options, processors=processors, shared_bytes=shared_bytes)
-    if fused:
-        plans.append(fused[2])
-        statistics_right(*fused[:2], "fused forward")
-        far = 1 + (exact_mean.abs() / (exact_var + 1e-5).sqrt()).max().item() * (dtype == wide)
-        assert_near(gy.view, exact_y, y_size, 10 * tolerance * far, "fused forward")
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        channels = case.shape[1]
+        self.x, self.dy, r = ((random(*case.shape) + m).to(case.dtype) for m in (case.mean, 0, 0))
+        self.weight = self.bias = None
+        if case.affine:
+            self.weight = random(channels).to(case.affine)
+            self.weight[: min(2, channels - 1)] = 0
+            self.bias = random(channels).to(case.affine)
+        self.residual = r if case.joined else None
+        self.options = (self.weight, self.bias, 1e-5, *case.activation, case.signed)
+        self.wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+        self.tolerance, self.loose = TOLERANCE[case.dtype], TOLERANCE[self.wide]
+        self.exact_mean, self.exact_var = reference.statistics(self.x.double())
+        exact = (v.double() if isinstance(v, Tensor) else v for v in (self.weight, self.bias, self.residual))
+        self.recover = (*exact, *self.options[2:])
+        self.exact_y = reference.normalize(self.x.double(), self.exact_mean, self.exact_var, *self.recover)
+        self.held_residual = self.held(self.residual) if case.joined else None
+
+    def run(self) -> list[Plan]:
+        self.statistics()
+        self.normalize()
+        self.fused_forward()
+        self.prepare_backward()
+        self.gradient_sums()
+        self.input_gradient(centred=True)
+        self.input_gradient(centred=False)
+        self.fused_backward()
+        return self.plans
+
+    def held(self, values: Tensor | None) -> Guarded:
+        return Guarded(values, self.x, self.case.rows, self.case.shift, self.case.gap)
+
+    def launch(self, operation: int, operands: list[Guarded | None], **given: Any) -> Any:
+        device = {"processors": self.case.processors, "shared_bytes": self.case.shared_bytes}
+        return self.library(operation, self.x, self.case.rows, operands, self.options, **given, **device)
+
+    def assert_statistics(self, mean: Tensor, var: Tensor, what: str) -> None:
+        spread = self.exact_var + self.exact_mean.square() * torch.finfo(self.wide).eps ** 2 + 1e-300
+        largest = self.x.double().abs().amax((0, 2)) + 1e-300
+        assert_near(mean, self.exact_mean, largest, self.loose, f"{what}: mean")
+        assert_near(var, self.exact_var, spread, (1e3 if self.case.mean else 10) * self.loose, f"{what}: var")
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def statistics(self) -> None:
+        *found, plan = self.launch(STATISTICS, [self.held(self.x)])
+        self.plans.append(plan)
+        self.assert_statistics(*found, "statistics")
+
+    def y_size(self) -> Tensor:
+        joined = self.residual.double().abs().amax((0, 2)) if self.residual is not None else 0
+        return self.exact_y.abs().amax((0, 2)) + joined + 1e-300
+
+    def normalize(self) -> None:
+        given = {"mean": self.exact_mean.to(self.wide), "var": self.exact_var.to(self.wide)}
+        exact = reference.normalize(self.x.double(), *(v.double() for v in given.values()), *self.recover)
+        gx = self.held(self.x)
+        gy = gx if self.case.in_place else self.held(None)
+        self.launch(NORMALIZE, [gx, self.held_residual, gy], **given)
+        tolerance = 10 * self.tolerance if self.case.dtype == self.wide else self.tolerance
+        assert_near(gy.view, exact, self.y_size(), tolerance, "normalize")
         gy.assert_untouched()
 
-    # backward, from the y that is stored
-    y = exact_y.to(dtype)
-    var = exact_var.to(wide)
-    column = (1, -1, 1)
-    z = reference.invert(y.double(), *activation, torch.finfo(dtype).eps)
-    invert = z.abs().amax((0, 2))
-    gamma = torch.ones(c, dtype=torch.float64)
-    if weight is not None and bias is not None:
-        gamma = reference.effective_scale(weight.double(), 1e-5, signed)
-        z = z - bias.double().view(column)
-    if joined:
-        z = z - r.double()
-    xhat = z / gamma.view(column)
-    dz = reference.gradient(y.double(), dy.double(), *activation)
-    exact_sums = dz.sum((0, 2)), (dz * xhat).sum((0, 2))
-    scale = (gamma / (var.double() + 1e-5).sqrt()).view(column)
-    gamma = gamma.abs()
-    terms = (invert + (bias.double().abs() if affine else 0) + (r.double().abs().amax((0, 2)) if joined else 0)) / gamma
-    sizes = (dz.abs().sum((0, 2)), dz.abs().sum((0, 2)) * (terms + 1))
-    gy, gd = held(y), held(dy)
-    *found, plan = library(
-        GRADIENT_SUMS, x, rows, [gy, gd, gr], options, processors=processors, shared_bytes=shared_bytes
-    )
-    plans.append(plan)
-    for ours, exact, size, what in zip(found, exact_sums, sizes, ("sum dz", "sum dz·x̂")):
-        assert_near(ours, exact, size + 1e-300, loose, what)
+    def fused_forward(self) -> None:
+        gx = self.held(self.x)
+        gy = gx if self.case.in_place else self.held(None)
+        fused = self.launch(FUSED_FORWARD, [gx, self.held_residual, gy])
+        if fused:
+            self.plans.append(fused[2])
+            self.assert_statistics(*fused[:2], "fused forward")
+            distance = (self.exact_mean.abs() / (self.exact_var + 1e-5).sqrt()).max().item()
+            far = 1 + distance * (self.case.dtype == self.wide)
+            assert_near(gy.view, self.exact_y, self.y_size(), 10 * self.tolerance * far, "fused forward")
+            gy.assert_untouched()
 
-    means = tuple((v / (n * s)).to(wide) for v in exact_sums)
-    dx_size = gamma / (exact_var + 1e-5).sqrt() * dz.abs().amax((0, 2)) * (1 + terms.square()) + 1e-300
-    for centred in (True, False):
-        given = {"var": var}
-        if centred:
-            given |= {"mean_dz": means[0] * 4, "mean_dz_xhat": means[1] * 4}
-        gdx, gdz = held(None), held(None) if joined else None
-        library(
-            INPUT_GRADIENT,
-            x,
-            rows,
-            [gy, gd, gr, gdx, gdz],
-            options,
-            share=0.25,
-            processors=processors,
-            shared_bytes=shared_bytes,
-            **given,
-        )
-        centre = (means[0].double().view(column) + xhat * means[1].double().view(column)) if centred else 0
-        assert_near(gdx.view, scale * (dz - centre), dx_size, tolerance, f"dx, centred {centred}")
+    # ---- backward, from the stored y ---------------------------------------------------------------------------------
+
+    def prepare_backward(self) -> None:
+        """The exact results, and the size of the terms that each is summed from."""
+        case, column = self.case, (1, -1, 1)
+        self.y, self.var = self.exact_y.to(case.dtype), self.exact_var.to(self.wide)
+        z = reference.invert(self.y.double(), *case.activation, torch.finfo(case.dtype).eps)
+        terms = z.abs().amax((0, 2))
+        gamma = torch.ones(case.shape[1], dtype=torch.float64)
+        if self.weight is not None and self.bias is not None:
+            gamma = reference.effective_scale(self.weight.double(), 1e-5, case.signed)
+            z = z - self.bias.double().view(column)
+            terms = terms + self.bias.double().abs()
+        if self.residual is not None:
+            z = z - self.residual.double()
+            terms = terms + self.residual.double().abs().amax((0, 2))
+        terms = terms / gamma.abs()
+        self.xhat = z / gamma.view(column)
+        self.dz = reference.gradient(self.y.double(), self.dy.double(), *case.activation)
+        self.exact_sums = self.dz.sum((0, 2)), (self.dz * self.xhat).sum((0, 2))
+        self.scale = (gamma / (self.var.double() + 1e-5).sqrt()).view(column)
+        magnitude = self.dz.abs().sum((0, 2))
+        self.sum_sizes = (magnitude + 1e-300, magnitude * (terms + 1) + 1e-300)
+        spread = gamma.abs() / (self.exact_var + 1e-5).sqrt()
+        self.dx_size = spread * self.dz.abs().amax((0, 2)) * (1 + terms.square()) + 1e-300
+        self.gy, self.gd = self.held(self.y), self.held(self.dy)
+
+    def assert_sums(self, found: Any, what: str) -> None:
+        names = (f"{what}sum dz", f"{what}sum dz·x̂")
+        for ours, exact, size, name in zip(found, self.exact_sums, self.sum_sizes, names):
+            assert_near(ours, exact, size, self.loose, name)
+
+    def assert_gradients(self, gdx: Guarded, gdz: Guarded | None, centre: Any, what: str) -> None:
+        assert_near(gdx.view, self.scale * (self.dz - centre), self.dx_size, self.tolerance, f"{what}dx")
         gdx.assert_untouched()
         if gdz:
-            assert_near(gdz.view, dz, dz.abs().amax((0, 2)) + 1e-300, tolerance, "dz")
+            assert_near(gdz.view, self.dz, self.dz.abs().amax((0, 2)) + 1e-300, self.tolerance, f"{what}dz")
             gdz.assert_untouched()
-    gdx, gdz = held(None), held(None) if joined else None
-    fused = library(
-        FUSED_BACKWARD,
-        x,
-        rows,
-        [gy, gd, gr, gdx, gdz],
-        options,
-        var=var,
-        processors=processors,
-        shared_bytes=shared_bytes,
-    )
-    if fused:
-        plans.append(fused[2])
-        centre = (exact_sums[0].view(column) + xhat * exact_sums[1].view(column)) / (n * s)
-        assert_near(gdx.view, scale * (dz - centre), dx_size, tolerance, "fused dx")
-        for ours, e, size, what in zip(fused[:2], exact_sums, sizes, ("fused sum dz", "fused sum dz·x̂")):
-            assert_near(ours, e, size + 1e-300, loose, what)
-        gdx.assert_untouched()
-        if gdz:
-            assert_near(gdz.view, dz, dz.abs().amax((0, 2)) + 1e-300, tolerance, "fused dz")
-            gdz.assert_untouched()
-    return plans
+
+    def gradient_sums(self) -> None:
+        *found, plan = self.launch(GRADIENT_SUMS, [self.gy, self.gd, self.held_residual])
+        self.plans.append(plan)
+        self.assert_sums(found, "")
+
+    def input_gradient(self, centred: bool) -> None:
+        n, _, s = self.case.shape
+        column = (1, -1, 1)
+        means = tuple((v / (n * s)).to(self.wide) for v in self.exact_sums)
+        given = {"mean_dz": means[0] * 4, "mean_dz_xhat": means[1] * 4} if centred else {}
+        gdx, gdz = self.held(None), self.held(None) if self.case.joined else None
+        operands = [self.gy, self.gd, self.held_residual, gdx, gdz]
+        self.launch(INPUT_GRADIENT, operands, share=0.25, var=self.var, **given)
+        centre = means[0].double().view(column) + self.xhat * means[1].double().view(column) if centred else 0
+        self.assert_gradients(gdx, gdz, centre, f"centred {centred}: ")
+
+    def fused_backward(self) -> None:
+        n, _, s = self.case.shape
+        gdx, gdz = self.held(None), self.held(None) if self.case.joined else None
+        fused = self.launch(FUSED_BACKWARD, [self.gy, self.gd, self.held_residual, gdx, gdz], var=self.var)
+        if fused:
+            self.plans.append(fused[2])
+            sums = tuple(v.view(1, -1, 1) for v in self.exact_sums)
+            self.assert_gradients(gdx, gdz, (sums[0] + self.xhat * sums[1]) / (n * s), "fused ")
+            self.assert_sums(fused[:2], "fused ")
 
 
 def check_some(library: Library) -> None:
@@ -312,5 +363,34 @@ def check_some(library: Library) -> None:
         check(library, (2, 8, 1024), torch.float32, rows, shift=1)
 
 
+def check_forked(path: Path) -> int:
+    """Start `check_some` in a child, whose stderr goes to a file beside the library; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        error = path.with_suffix(".stderr").open("w")
+        os.dup2(error.fileno(), 2)
+        code = 1
+        try:
+            check_some(Library(path))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
 if __name__ == "__main__":
-    check_some(Library(Path(sys.argv[1])))
+    # Torch has computed nothing yet, so the children can: a thread pool would not survive the fork.
+    waiting, running, outcomes = [Path(name) for name in sys.argv[1:]], dict[int, Path](), dict[str, Any]()
+    while waiting or running:
+        while waiting and len(running) < 2:
+            library = waiting.pop(0)
+            running[check_forked(library)] = library
+        child, status = os.wait()
+        library = running.pop(child)
+        code, stderr = os.waitstatus_to_exitcode(status), library.with_suffix(".stderr").read_text(errors="replace")
+        outcomes[str(library)] = {"code": code, "stderr": stderr}
+    print(json.dumps(outcomes))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Write scenes of coloured shapes with a class for every pixel: 200 to train on, 40 held out, of 128 × 128 pixels.
 
-    python tools/shapes_scenes.py data/shapes
+    python tools/shapes_dataset.py data/shapes
 
 They are drawn with a fixed seed: discs, squares and triangles over one another, each in shades of its own, with grain.
 """
