@@ -9,10 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-# Kernels are built once for all tests of a run, never into the caller's cache.
-KERNELS = tempfile.TemporaryDirectory(prefix="iabn_hub-kernels-")
-os.environ["IABN_HUB_BUILD_DIR"] = KERNELS.name
-from iabn_hub.cli import main  # noqa: E402  (the variable above must be set first)
+from iabn_hub.cli import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores, and inherit the folder for kernels.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    # Kernels are built once for all tests of a run, never into the caller's cache.
+    KERNELS = tempfile.TemporaryDirectory(prefix="iabn_hub-kernels-")
+    os.environ["IABN_HUB_BUILD_DIR"] = KERNELS.name
 
 KEPT = ("IABN_HUB_BUILD_DIR", "IABN_HUB_BACKEND", "IABN_HUB_CPU_CAPABILITY")
 

@@ -30,10 +30,10 @@ from iabn_hub.layers.backends import building
 ROOT = Path(__file__).parent.parent
 
 
-def recipe(device: str, architectures: list[str]) -> building.Recipe:
+def build_of(device: str, architectures: list[str]) -> building.Build:
     if device == "cpu":
-        return building.cpu_recipe(building.LEVELS if os.uname().machine == "x86_64" else None)
-    return building.cuda_recipe(architectures, building.CUDA_STRICT)
+        return building.cpu_build(building.LEVELS if os.uname().machine == "x86_64" else None)
+    return building.cuda_build(architectures, building.CUDA_STRICT)
 
 
 def spills(log: str) -> tuple[list[str], list[str]]:
@@ -64,10 +64,21 @@ def check_wide_accesses(folder: Path) -> None:
         BuildError: one does not; it would run, at a fraction of its speed.
     """
     code = folder / "bf16.ptx"
-    source = building.sources() / "iabn_cuda_kernels.cu"
+    source = building.sources() / "cuda" / "iabn_cuda_kernels.cu"
     nvcc = building.cuda_home() / "bin" / "nvcc"
     building.run(
-        [str(nvcc), "-std=c++20", "-O3", "-arch=compute_80", "-DIABN_DTYPE=bf16", "-ptx", str(source), "-o", str(code)]
+        [
+            str(nvcc),
+            "-std=c++20",
+            "-O3",
+            "-arch=compute_80",
+            f"-I{source.parent.parent / 'common'}",
+            "-DIABN_DTYPE=bf16",
+            "-ptx",
+            str(source),
+            "-o",
+            str(code),
+        ]
     )
     for body in code.read_text().split(".entry ")[1:]:
         name = re.search(r"((?:planes|rows)_[a-z_]+)ILi8E", body.partition("(")[0])
@@ -81,7 +92,7 @@ def check_wide_accesses(folder: Path) -> None:
 def build(device: str, architectures: list[str], to: Path) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        built = recipe(device, architectures).build(Path(folder))
+        built = build_of(device, architectures).build(Path(folder))
         hot, others = spills((Path(folder) / "build.log").read_text())
         if hot:
             raise building.BuildError(f"hot kernels spill registers: {', '.join(hot)}")

@@ -61,6 +61,13 @@ def inplace_abn(
         ValueError: wrong shapes, one value per channel in training, an activation without an inverse,
             or eval mode without running statistics.
         TypeError: x is not of a floating dtype.
+
+    Example:
+        >>> import torch, iabn_hub
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> y = iabn_hub.inplace_abn(x, torch.ones(4), torch.zeros(4), None, None, activation="identity")
+        >>> y is x, y.mean((0, 2, 3)).abs().max().item() < 1e-5
+        (True, True)
     """
     return _forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,

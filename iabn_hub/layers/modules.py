@@ -165,6 +165,13 @@ class InPlaceABN(ABN):
         signed_scale: the scale is `sign(weight)·(|weight| + eps)`: weights of a standard BatchNorm load unchanged.
         inplace: False leaves the input alone and writes a new tensor; what is kept stays the same.
         num_features, eps, momentum, affine, track_running_stats, activation, activation_param: as in `ABN`.
+
+    Example:
+        >>> import torch, iabn_hub
+        >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        >>> norm = iabn_hub.InPlaceABN(8, activation="elu", activation_param=1.0)
+        >>> norm(conv(torch.randn(2, 3, 16, 16))).shape
+        torch.Size([2, 8, 16, 16])
     """
 
     def __init__(
@@ -285,6 +292,13 @@ def convert_sync(module: nn.Module, group: Any = None) -> nn.Module:
 
     Returns:
         `module`, changed in place, or the new layer if `module` itself is one.
+
+    Example:
+        >>> import torch, iabn_hub
+        >>> iabn_hub.convert_sync(torch.nn.Sequential(iabn_hub.InPlaceABN(4)))
+        Sequential(
+          (0): InPlaceABNSync(4, eps=1e-05, momentum=0.1, affine=True, activation=leaky_relu[0.01])
+        )
     """
     return _with_class(module, InPlaceABN, InPlaceABNSync, group)
 

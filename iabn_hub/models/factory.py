@@ -42,7 +42,15 @@ def in_repository(name: str) -> bool:
 
 
 def list_models(pretrained: bool = False) -> list[str]:
-    """Names for `create_model`: all architectures, or every `model.tag` with weights."""
+    """Names for `create_model`: all architectures, or every `model.tag` with weights.
+
+    Example:
+        >>> import iabn_hub
+        >>> "resnet50_iabn" in iabn_hub.list_models()
+        True
+        >>> "resnet50_iabn.sync_lr_512_in1k" in iabn_hub.list_models(pretrained=True)
+        True
+    """
     if not pretrained:
         return sorted(MODELS)
     return [name for name, record in records().items() if record.model in MODELS]
@@ -63,6 +71,12 @@ def create_model(
     Raises:
         UnknownNameError: no such model or tag.
         CheckpointError: the weights cannot be fetched, verified or loaded.
+
+    Example:
+        >>> import torch, iabn_hub
+        >>> model = iabn_hub.create_model("test_resnet_iabn.mnist", pretrained=True)
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
     # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
     if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):

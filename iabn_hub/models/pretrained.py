@@ -82,6 +82,12 @@ def load_pretrained(
     Raises:
         UnknownNameError: neither a file nor a name, or a network for another task.
         CheckpointError: the weights cannot be read, or the architecture is not known.
+
+    Example:
+        >>> from iabn_hub.models.pretrained import load_pretrained
+        >>> network = load_pretrained("test_resnet_iabn.mnist")
+        >>> network.task, network.arch, network.labels[:3]
+        ('classification', 'test_resnet_iabn', ('0', '1', '2'))
     """
     if task is not None and name.partition(".")[0] in MODELS:
         _check_task(name, name.partition(".")[0], task)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iabn_hub.layers import ops, reference
-from iabn_hub.layers.activations import gradient, invert
+from iabn_hub.layers.activations import ELU, gradient, invert
 from iabn_hub.layers.backends import building, loading
 
 from .test_layer import LAYOUTS, in_layout
@@ -47,6 +47,15 @@ def assert_same(ours, theirs, tolerance, sizes=None):
 
 def per_channel(values):
     return values.double().abs().transpose(0, 1).flatten(1)
+
+
+def unstable_inverse(y, activation, param):
+    """By how much the inverse of the activation amplifies the relative rounding of its argument, like y."""
+    if activation != ELU:
+        return torch.zeros_like(y, dtype=torch.float64)
+    t = (y.double() / param).clamp(min=-1)
+    smallest = torch.finfo(torch.float64 if y.dtype == torch.float64 else torch.float32).eps
+    return torch.where(y < 0, -t / (1 + t).clamp(min=smallest), 0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,15 +109,19 @@ def test_every_operator_agrees_with_the_reference(shape, dtype, layouts, activat
     assert_same(ops.batch_normalize(x, *options)[0], exact.to(dtype), 10 * loose, sizes=size)
 
     dz = per_channel(gradient(y, dy, *activation))
-    gamma = torch.ones(()) if weight is None else reference.effective_scale(weight, 1e-5, signed).abs()
+    gamma = torch.ones(shape[1]) if weight is None else reference.effective_scale(weight, 1e-5, signed).abs()
     # x̂ is the difference of these, over γ: what it may be off by goes with their size, not with its own.
     terms = per_channel(invert(y, *activation, torch.finfo(dtype).eps)).amax(1)
     terms = (terms + (bias.abs() if affine else 0) + (per_channel(residual).amax(1) if joined else 0)) / gamma
-    summed = (dz.sum(1), dz.sum(1) * terms)
+    # The inverse of a nearly saturated ELU, log1p(t) with t near −1, amplifies the rounding of t by |t| / (1 + t).
+    unstable = unstable_inverse(y, *activation) / gamma.view(1, -1, *[1] * (y.dim() - 2))
+    summed = (dz.sum(1), dz.sum(1) * terms + (dz * per_channel(unstable)).sum(1))
     sums = reference.gradient_sums(y, dy, *options)
     assert_same(ops.gradient_sums(y, dy, *options), sums, loose, sizes=summed)
     means = tuple(s / (y.numel() // shape[1]) for s in sums)
-    size = gamma / (var + 1e-5).sqrt() * dz.amax(1) * (1 + terms.square())
+    scale = gamma / (var + 1e-5).sqrt()
+    size = (scale * dz.amax(1) * (1 + terms.square())).view(1, -1, *[1] * (y.dim() - 2))
+    size = size + (scale * means[1].double().abs()).view(size.shape) * unstable
     arguments = (y, dy, statistics[1], *means, True, *options)
     assert_same(
         ops.input_gradient(*arguments), reference.input_gradient(*arguments), tolerance, sizes=(size, dz.amax(1))

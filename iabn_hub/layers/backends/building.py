@@ -41,7 +41,7 @@ class BuildError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Build:
     """A library to build: the file `<name>.so` that ninja makes from `ninja_file`."""
 
     name: str
@@ -51,7 +51,7 @@ class Recipe:
     def key(self) -> str:
         """Everything that decides what the library is."""
         digest = hashlib.sha256()
-        for path in sorted(sources().glob("iabn*")):
+        for path in sorted(sources().glob("*/iabn*")):
             digest.update(path.name.encode() + path.read_bytes())
         versions = [run([tool, "--version"]) for tool in self.tools]
         for part in (torch.__version__, platform.machine(), *self.tools, *versions, self.ninja_file):
@@ -92,9 +92,9 @@ def run(command: list[str]) -> str:
 def sources() -> Path:
     """The folder of C++ sources: inside an installed package, or beside it in a checkout."""
     for folder in (PACKAGE / "csrc", PACKAGE.parent / "csrc"):
-        if (folder / "iabn_cpu.cpp").is_file():
+        if (folder / "cpu" / "iabn_cpu.cpp").is_file():
             return folder
-    raise BuildError(f"their sources are missing: there is no csrc/iabn_cpu.cpp in {PACKAGE} or {PACKAGE.parent}")
+    raise BuildError(f"their sources are missing: there is no csrc/cpu/iabn_cpu.cpp in {PACKAGE} or {PACKAGE.parent}")
 
 
 def compiler() -> str:
@@ -168,7 +168,7 @@ def covers(architectures: Iterable[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-# ---- recipes ---------------------------------------------------------------------------------------------------------
+# ---- builds ----------------------------------------------------------------------------------------------------------
 
 
 def levels_here() -> dict[str, list[str]]:
@@ -190,20 +190,23 @@ def levels_here() -> dict[str, list[str]]:
     return {level: LEVELS[level] for level in ["kBaseline", *best[-1:]]}
 
 
-def cpu_recipe(levels: dict[str, list[str]] | None = None) -> Recipe:
+def cpu_build(levels: dict[str, list[str]] | None = None) -> Build:
     """The CPU library, for the instruction sets of this machine or for those given."""
     cxx, csrc = compiler(), sources()
     levels = levels_here() if levels is None else levels
+    common = f"-I{_quoted(csrc / 'common')}"
     tables = [f"-DIABN_{level[1:].upper()}" for level in levels]
-    edges = [_edge("cxx", "driver", csrc / "iabn_cpu.cpp", [*COMMON, *DRIVER_FLAGS, *tables, *_headers()])]
+    edges = [
+        _edge("cxx", "driver", csrc / "cpu" / "iabn_cpu.cpp", [*COMMON, *DRIVER_FLAGS, common, *tables, *_headers()])
+    ]
     for level, flags in levels.items():
-        flags = [*COMMON, *KERNEL_FLAGS, *flags, f"-DIABN_LEVEL={level}"]
-        edges.append(_edge("cxx", level, csrc / "iabn_cpu_kernels.cpp", flags))
+        flags = [*COMMON, *KERNEL_FLAGS, common, *flags, f"-DIABN_LEVEL={level}"]
+        edges.append(_edge("cxx", level, csrc / "cpu" / "iabn_cpu_kernels.cpp", flags))
     libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
-    return Recipe("iabn_cpu", (cxx,), _ninja_file("iabn_cpu", cxx, "", ["driver", *levels], libraries, edges))
+    return Build("iabn_cpu", (cxx,), _ninja_file("iabn_cpu", cxx, "", ["driver", *levels], libraries, edges))
 
 
-def cuda_recipe(architectures: Iterable[str], extra: Iterable[str] = ()) -> Recipe:
+def cuda_build(architectures: Iterable[str], extra: Iterable[str] = ()) -> Build:
     """The CUDA library for compute capabilities such as '9.0', or '12.0+PTX'; `extra` flags go to nvcc."""
     cxx, csrc, home = compiler(), sources(), cuda_home()
     codes = []
@@ -211,18 +214,18 @@ def cuda_recipe(architectures: Iterable[str], extra: Iterable[str] = ()) -> Reci
         number = architecture.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
         codes.append(f"-gencode=arch=compute_{number},code={code}")
-    include = f"-I{_quoted(home / 'include')}"
-    driver = [*COMMON, *DRIVER_FLAGS, "-DUSE_CUDA", include, *_headers()]
-    edges = [_edge("cxx", "driver", csrc / "iabn_cuda.cpp", driver)]
+    common, include = (f"-I{_quoted(folder)}" for folder in (csrc / "common", home / "include"))
+    driver = [*COMMON, *DRIVER_FLAGS, "-DUSE_CUDA", common, include, *_headers()]
+    edges = [_edge("cxx", "driver", csrc / "cuda" / "iabn_cuda.cpp", driver)]
     for dtype in CUDA_DTYPES:
-        flags = [*CUDA_FLAGS, *codes, *extra, f"-DIABN_DTYPE={dtype}"]
-        edges.append(_edge("nvcc", dtype, csrc / "iabn_cuda_kernels.cu", flags))
+        flags = [*CUDA_FLAGS, common, *codes, *extra, f"-DIABN_DTYPE={dtype}"]
+        edges.append(_edge("nvcc", dtype, csrc / "cuda" / "iabn_cuda_kernels.cu", flags))
     # The runtime is linked statically: it serves whatever CUDA runtime of the same major version torch brings.
     libraries = [f"-L{_quoted(cudart_folder(home) or home)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     libraries += ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda"]
     nvcc = str(home / "bin" / "nvcc")
     text = _ninja_file("iabn_cuda", cxx, nvcc, ["driver", *CUDA_DTYPES], libraries, edges)
-    return Recipe("iabn_cuda", (cxx, nvcc), text)
+    return Build("iabn_cuda", (cxx, nvcc), text)
 
 
 def _quoted(path: Path) -> str:

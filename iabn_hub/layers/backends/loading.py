@@ -21,7 +21,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from ...files import LockTimeoutError, locked, sha256_of
-from .building import PACKAGE, BuildError, Recipe, covers, cpu_recipe, cuda_major, cuda_recipe
+from .building import PACKAGE, Build, BuildError, covers, cpu_build, cuda_build, cuda_major
 
 _logger = logging.getLogger(__name__)
 
@@ -134,21 +134,21 @@ def _library(device_type: str) -> tuple[Path, str]:
             return prebuilt, "prebuilt with the package"
         except BuildError as e:
             _logger.info("%s; they are built instead", e)
-    recipe = (
-        cpu_recipe()
+    build = (
+        cpu_build()
         if device_type == "cpu"
-        else cuda_recipe([f"{major}.{minor}" for major, minor in capabilities_here()])
+        else cuda_build([f"{major}.{minor}" for major, minor in capabilities_here()])
     )
-    target = cache_folder() / f"{recipe.name}-{recipe.key()}.so"
+    target = cache_folder() / f"{build.name}-{build.key()}.so"
     if mode != "force" and _loads(target):
         return target, "built earlier, from the cache"
     if mode == "0":
         raise BuildError("IABN_HUB_BUILD=0 forbids to build them, and they are not cached")
     with _locked(target):
         if mode == "force" or not _loads(target):  # another process may have built it meanwhile
-            _build(recipe, target, forget=mode == "force")
+            _run(build, target, forget=mode == "force")
             _load(target)
-    return target, f"built with {' and '.join(recipe.tools)}"
+    return target, f"built with {' and '.join(build.tools)}"
 
 
 def _published_place(published: str) -> tuple[str, str]:
@@ -237,16 +237,16 @@ def _locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _build(recipe: Recipe, target: Path, forget: bool) -> None:
+def _run(build: Build, target: Path, forget: bool) -> None:
     """Build the library aside and move it to `target`; a failure is remembered there until something changes."""
     failure = target.with_suffix(".failed")
     if failure.is_file() and not forget:
         raise BuildError(f"{failure.read_text().strip()} (remembered; IABN_HUB_BUILD=force tries again)")
-    device = recipe.name.removeprefix("iabn_").upper()
+    device = build.name.removeprefix("iabn_").upper()
     print(f"iabn_hub: building the {device} kernels once, into {target.parent}", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-            built = recipe.build(Path(folder))
+            built = build.build(Path(folder))
             _digest_file(target).write_text(sha256_of(built))
             os.replace(built, target)
         failure.unlink(missing_ok=True)

@@ -102,7 +102,8 @@ inline void run_block(Block& b) {
       resume(*f);
     }
     size_t finished = 0, waiting = 0;
-    for (const Fibre& f : b.fibres) finished += f.state == State::finished, waiting += f.state == State::at_block_barrier;
+    for (const Fibre& f : b.fibres)
+      finished += f.state == State::finished, waiting += f.state == State::at_block_barrier;
     if (finished == b.fibres.size()) return;
     for (size_t begin = 0; begin < b.fibres.size(); begin += 32) {  // a warp goes on once all its lanes have arrived
       size_t end = std::min(begin + 32, b.fibres.size()), arrived = 0;
@@ -171,12 +172,13 @@ T* shared(const void* variable, size_t bytes) {
 
 inline void __syncthreads() { on_host::wait(on_host::State::at_block_barrier); }
 
-#define IABN_SHARED(Item, name, n) \
+#define IABN_SHARED(Item, name, n)       \
   static const char name##_variable = 0; \
   Item* name = on_host::shared<Item>(&name##_variable, (n) * sizeof(Item))
 #define IABN_DYNAMIC_SHARED(name) char* name = on_host::current->dynamic_shared.data()
-#define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  on_host::launch(reinterpret_cast<const void*>(kernel), grid, block, size_t(shared_bytes), [&] { (kernel)(__VA_ARGS__); })
+#define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                         \
+  on_host::launch(reinterpret_cast<const void*>(kernel), grid, block, size_t(shared_bytes), \
+                  [&] { (kernel)(__VA_ARGS__); })
 
 namespace iabn::cuda {
 
@@ -236,13 +238,15 @@ T narrow(A v) {
 
 template <typename Pack>
 Pack read_vector(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack)) on_host::die("a vector is read from an address that does not suit it");
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack))
+    on_host::die("a vector is read from an address that does not suit it");
   return *static_cast<const Pack*>(from);
 }
 
 template <typename Pack>
 void write_vector(void* to, const Pack& pack) {
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(Pack)) on_host::die("a vector is written to an address that does not suit it");
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Pack))
+    on_host::die("a vector is written to an address that does not suit it");
   *static_cast<Pack*>(to) = pack;
 }
 

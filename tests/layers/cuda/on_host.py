@@ -33,7 +33,7 @@ POISON = 77.0
 
 def build(folder: Path, dtypes: dict[str, torch.dtype] = DTYPES, planted: tuple[str, str] | None = None) -> Path:
     """A library of the kernels, with the text `planted[0]` replaced by `planted[1]`."""
-    csrc = building.sources()
+    csrc = building.sources() / "cuda"
     places = 0
     for name in ("iabn_cuda_kernels.cu", "iabn_cuda_parts.h"):
         text = (csrc / name).read_text()
@@ -45,7 +45,7 @@ def build(folder: Path, dtypes: dict[str, torch.dtype] = DTYPES, planted: tuple[
     kernels = folder / "iabn_cuda_kernels.cu"
     compile_ = [
         building.compiler(), "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DIABN_ON_HOST",
-        f"-I{csrc}", f"-I{HERE}",
+        f"-I{csrc}", f"-I{csrc.parent / 'common'}", f"-I{HERE}",
     ]  # fmt: skip
 
     def compiled(arguments: list[str], to: Path) -> Path:
@@ -64,7 +64,7 @@ def build(folder: Path, dtypes: dict[str, torch.dtype] = DTYPES, planted: tuple[
     return compiled(["-shared", *map(str, objects), str(host)], folder / "kernels.so")
 
 
-class Shape(ctypes.Structure):
+class Extent(ctypes.Structure):
     _fields_ = [
         ("outer", ctypes.c_int64),
         ("channels", ctypes.c_int64),
@@ -73,7 +73,7 @@ class Shape(ctypes.Structure):
     ]
 
 
-class Operand(ctypes.Structure):
+class StridedTensor(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("outer", "channel", "inner")]
 
 
@@ -91,8 +91,8 @@ VECTORS = ("weight", "bias", "mean", "var", "mean_dz", "mean_dz_xhat")
 class Call(ctypes.Structure):
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("operation", "dtype", "element_bytes")],
-        ("shape", Shape),
-        ("operands", Operand * 5),
+        ("shape", Extent),
+        ("operands", StridedTensor * 5),
         *[(name, Vector) for name in VECTORS],
         *[(name, ctypes.c_int64) for name in ("activation", "signed_scale")],
         *[(name, ctypes.c_double) for name in ("param", "lowest", "eps", "share")],
@@ -115,10 +115,10 @@ class Guarded:
         if values is not None:
             self.view.copy_(values)
 
-    def operand(self) -> Operand:
+    def operand(self) -> StridedTensor:
         n, c, _ = self.view.shape
         outer, channel, inner = self.view.stride()
-        return Operand(self.view.data_ptr(), 0 if self.rows or n == 1 else outer, 1 if c == 1 else channel, inner)
+        return StridedTensor(self.view.data_ptr(), 0 if self.rows or n == 1 else outer, 1 if c == 1 else channel, inner)
 
     def alignment(self) -> int:
         bits = 16 | self.view.data_ptr()
@@ -151,7 +151,7 @@ class Library:
             operation=operation,
             dtype=NUMBERS[x.dtype],
             element_bytes=x.element_size(),
-            shape=Shape(1, c, n * s, True) if rows else Shape(n, c, s, False),
+            shape=Extent(1, c, n * s, True) if rows else Extent(n, c, s, False),
             activation=activation,
             signed_scale=signed,
             param=param,

@@ -38,7 +38,8 @@ struct Act {
     if constexpr (activation == Activation::leaky_relu) return z < 0 ? z * param : z;
     if constexpr (activation == Activation::elu) {
       if constexpr (sizeof(V) == sizeof(T)) return z < T(0) ? T(param * std::expm1(z)) : z;
-      else for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) z[i] = forward(T(z[i]));
+      else
+        for (unsigned i = 0; i < sizeof(V) / sizeof(T); ++i) z[i] = forward(T(z[i]));
     }
     return z;
   }

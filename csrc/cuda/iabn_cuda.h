@@ -9,14 +9,14 @@
 namespace iabn::cuda {
 
 // One tensor as (outer, channel, inner); strides in elements.
-struct Operand {
+struct StridedTensor {
   void* data = nullptr;
   int64_t outer = 0, channel = 0, inner = 0;
 };
 
 // The sizes that all operands share. With `rows` the channel is contiguous and outer is 1: `inner` rows of channels, as
 // in channels_last. Without it the inner dimension is contiguous, and each channel has `outer` runs of it, as in NCHW.
-struct Shape {
+struct Extent {
   int64_t outer = 1, channels = 0, inner = 1;
   bool rows = false;
 
@@ -30,7 +30,7 @@ struct Vector {
   int64_t stride = 1;
 };
 
-struct Affine {
+struct AffineVectors {
   Vector weight, bias;
   double eps;
   bool signed_scale;
@@ -48,13 +48,13 @@ struct Plan {
   int64_t width = 1, x = 1, y = 1, tiles = 1, parts = 1;
 };
 
-constexpr int64_t kBlockThreads = 256;       // at most; more would leave a thread too few registers
+constexpr int64_t kBlockThreads = 256;      // at most; more would leave a thread too few registers
 constexpr int64_t kBlocksPerProcessor = 4;  // as many as registers allow the kernels for rows
-constexpr int64_t kStaticShared = 2048;     // bytes that a fused block has beside its channel, the device's own included
-constexpr int64_t kReadsPerThread = 4;      // at least, before a channel is split: the partial results cost memory too
+constexpr int64_t kStaticShared = 2048;  // bytes that a fused block has beside its channel, the device's own included
+constexpr int64_t kReadsPerThread = 4;   // at least, before a channel is split: the partial results cost memory too
 
 // `alignment`: the largest power of two, up to 16, that divides every address a vector could start at, in bytes.
-inline Plan make_plan(const Shape& s, int64_t element_bytes, int64_t alignment, const Device& device) {
+inline Plan make_plan(const Extent& s, int64_t element_bytes, int64_t alignment, const Device& device) {
   Plan plan;
   int64_t most = 16 / element_bytes, along = s.rows ? s.channels : s.inner;
   // The widths that are compiled: 16 bytes, one element, and 8 bytes of halves, since runs are often 14·14 long.
@@ -83,7 +83,7 @@ inline Plan make_plan(const Shape& s, int64_t element_bytes, int64_t alignment, 
 
 // Bytes of shared memory for `tensors` copies of a channel, or 0 if a kernel per pass is better: a multiprocessor should
 // have room for two blocks, one to read while the other writes, and there should be a block for most of them.
-inline int64_t fused_bytes(const Shape& s, int64_t element_bytes, int64_t tensors, const Device& device) {
+inline int64_t fused_bytes(const Extent& s, int64_t element_bytes, int64_t tensors, const Device& device) {
   int64_t bytes = s.per_channel() * element_bytes * tensors;
   bool fits = !s.rows && 2 * (bytes + kStaticShared) <= device.shared_bytes && 2 * s.channels >= device.processors;
   return fits ? bytes : 0;
@@ -91,7 +91,7 @@ inline int64_t fused_bytes(const Shape& s, int64_t element_bytes, int64_t tensor
 
 // What a launch works with. `partial` holds 3·parts·channels values of the accumulate type; null with `fused_bytes`.
 struct Launch {
-  Shape shape;
+  Extent shape;
   Plan plan;
   void* partial;
   int64_t fused_bytes;  // of shared memory in which a block keeps its channel, or 0 for a kernel per pass
@@ -100,23 +100,24 @@ struct Launch {
 
 // The launchers for one dtype. Means, variances and sums are contiguous vectors of the accumulate type. What a launcher
 // writes: y, mean and var; dx, dz (unless it has no data), sum_dz and sum_dz_xhat. Nothing waits for the device.
-struct Kernels {
-  void (*statistics)(const Launch&, Operand x, void* mean, void* var);
-  void (*normalize)(const Launch&, const ActivationOptions&, const Affine&, Operand x, Operand residual, Operand y,
-                    Vector mean, Vector var);
+struct Launchers {
+  void (*statistics)(const Launch&, StridedTensor x, void* mean, void* var);
+  void (*normalize)(const Launch&, const ActivationOptions&, const AffineVectors&, StridedTensor x,
+                    StridedTensor residual, StridedTensor y, Vector mean, Vector var);
   // Statistics and normalisation in one, a channel kept in shared memory; needs fused_bytes.
-  void (*fused_forward)(const Launch&, const ActivationOptions&, const Affine&, Operand x, Operand residual, Operand y,
-                        void* mean, void* var);
-  void (*gradient_sums)(const Launch&, const ActivationOptions&, const Affine&, Operand y, Operand dy,
-                        Operand residual, void* sum_dz, void* sum_dz_xhat);
+  void (*fused_forward)(const Launch&, const ActivationOptions&, const AffineVectors&, StridedTensor x,
+                        StridedTensor residual, StridedTensor y, void* mean, void* var);
+  void (*gradient_sums)(const Launch&, const ActivationOptions&, const AffineVectors&, StridedTensor y,
+                        StridedTensor dy, StridedTensor residual, void* sum_dz, void* sum_dz_xhat);
   // mean_dz and mean_dz_xhat without data in eval mode; they are multiplied with `share`.
-  void (*input_gradient)(const Launch&, const ActivationOptions&, const Affine&, Operand y, Operand dy,
-                         Operand residual, Operand dx, Operand dz, Vector var, Vector mean_dz, Vector mean_dz_xhat,
-                         double share);
-  void (*fused_backward)(const Launch&, const ActivationOptions&, const Affine&, Operand y, Operand dy,
-                         Operand residual, Operand dx, Operand dz, Vector var, void* sum_dz, void* sum_dz_xhat);
+  void (*input_gradient)(const Launch&, const ActivationOptions&, const AffineVectors&, StridedTensor y,
+                         StridedTensor dy, StridedTensor residual, StridedTensor dx, StridedTensor dz, Vector var,
+                         Vector mean_dz, Vector mean_dz_xhat, double share);
+  void (*fused_backward)(const Launch&, const ActivationOptions&, const AffineVectors&, StridedTensor y,
+                         StridedTensor dy, StridedTensor residual, StridedTensor dx, StridedTensor dz, Vector var,
+                         void* sum_dz, void* sum_dz_xhat);
 };
 
-extern const Kernels k_f32, k_f64, k_bf16, k_f16;
+extern const Launchers k_f32, k_f64, k_bf16, k_f16;
 
 }  // namespace iabn::cuda

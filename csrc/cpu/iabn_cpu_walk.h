@@ -130,9 +130,8 @@ int64_t splits_of(const Shape& s, int64_t parts) {
 // Calls f(shape, operands, first, last, part) for the rows of a walk: joined rows in parts, then those left over.
 template <typename F>
 void over_rows(const Walk& w, const Rows& rows, int64_t parts, const F& f) {
-  in_parts(parts, rows.joined.per_channel(), [&](int64_t p, int64_t begin, int64_t end) {
-    f(rows.joined, rows.operands, begin, end, p);
-  });
+  in_parts(parts, rows.joined.per_channel(),
+           [&](int64_t p, int64_t begin, int64_t end) { f(rows.joined, rows.operands, begin, end, p); });
   if (rows.rest < w.shape.per_channel()) f(w.shape, w.operands, rows.rest, w.shape.per_channel(), parts);
 }
 

@@ -18,12 +18,16 @@ namespace {
 using namespace iabn;
 using namespace iabn::cuda;
 
-const Kernels& kernels_for(Dtype dtype) {
+const Launchers& kernels_for(Dtype dtype) {
   switch (dtype) {
-    case Dtype::f64: return k_f64;
-    case Dtype::bf16: return k_bf16;
-    case Dtype::f16: return k_f16;
-    default: return k_f32;
+    case Dtype::f64:
+      return k_f64;
+    case Dtype::bf16:
+      return k_bf16;
+    case Dtype::f16:
+      return k_f16;
+    default:
+      return k_f32;
   }
 }
 
@@ -50,8 +54,8 @@ int64_t merged_stride(const Tensor& t, int64_t first) {
 }
 
 // The tensor as rows or planes, if it is so laid out.
-std::optional<Operand> as_layout(const Tensor& t, bool rows) {
-  Operand o{t.data_ptr(), 0, 0, 0};
+std::optional<StridedTensor> as_layout(const Tensor& t, bool rows) {
+  StridedTensor o{t.data_ptr(), 0, 0, 0};
   o.channel = t.size(1) == 1 ? 1 : t.stride(1);
   if (rows) {
     if (o.channel != 1) return std::nullopt;
@@ -63,7 +67,7 @@ std::optional<Operand> as_layout(const Tensor& t, bool rows) {
   return o.inner == 1 ? std::optional(o) : std::nullopt;
 }
 
-int64_t alignment_of(const Operand& o, const Shape& s, int64_t bytes) {
+int64_t alignment_of(const StridedTensor& o, const Extent& s, int64_t bytes) {
   uint64_t all = 16 | reinterpret_cast<uintptr_t>(o.data);
   if (s.rows) all |= uint64_t(o.inner * bytes);
   else all |= uint64_t(o.outer * bytes) | (s.channels > 1 ? uint64_t(o.channel * bytes) : 0);
@@ -75,7 +79,7 @@ int64_t alignment_of(const Operand& o, const Shape& s, int64_t bytes) {
 struct Work {
   Launch launch{};
   Dtype dtype;
-  std::vector<Operand> operands;  // an undefined tensor gives an empty one
+  std::vector<StridedTensor> operands;  // an undefined tensor gives an empty one
   torch::stable::accelerator::DeviceGuard guard;
   int64_t element_bytes;
   Device device;
@@ -86,7 +90,7 @@ struct Work {
         element_bytes(reads[0]->element_size()),
         device(device_of(*reads[0])) {
     const Tensor& first = *reads[0];
-    Shape& s = launch.shape;
+    Extent& s = launch.shape;
     s.channels = first.size(1);
     bool planes = as_layout(first, false).has_value();
     s.rows = as_layout(first, true).has_value() && (s.channels > 1 || !planes);
@@ -99,7 +103,7 @@ struct Work {
       if (Tensor copy = add(t, like, false); copy.defined()) back.push_back({*t, copy});
     }
     int64_t alignment = 16;
-    for (const Operand& o : operands) {
+    for (const StridedTensor& o : operands) {
       if (o.data != nullptr) alignment = std::min(alignment, alignment_of(o, s, element_bytes));
     }
     launch.plan = make_plan(s, element_bytes, alignment, device);
@@ -136,7 +140,8 @@ struct Work {
       return Tensor();
     }
     STD_TORCH_CHECK(t->get_device_index() == like.get_device_index(), "iabn_hub: tensors are on different devices");
-    std::optional<Operand> o = t->scalar_type() == like.scalar_type() ? as_layout(*t, launch.shape.rows) : std::nullopt;
+    std::optional<StridedTensor> o =
+        t->scalar_type() == like.scalar_type() ? as_layout(*t, launch.shape.rows) : std::nullopt;
     Tensor copy;
     if (!o) {
       copy = torch::stable::empty_like(like);
@@ -169,7 +174,8 @@ Tensor zeros_per_channel(const Tensor& like) {
                                   dtype_of(like) == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
 }
 
-Affine affine_of(const Tensor& like, const Optional& weight, const Optional& bias, double eps, bool signed_scale) {
+AffineVectors affine_of(const Tensor& like, const Optional& weight, const Optional& bias, double eps,
+                        bool signed_scale) {
   return {vector_of(weight, like), vector_of(bias, like), eps, signed_scale};
 }
 
@@ -212,16 +218,16 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
   normalize_into(x, x, mean, var, weight, bias, residual, eps, activation, param, signed_scale);
 }
 
-std::tuple<Tensor, Tensor> batch_normalize_into(Tensor y, const Tensor& x, const Optional& weight,
-                                                const Optional& bias, const Optional& residual, double eps,
-                                                int64_t activation, double param, bool signed_scale) {
+std::tuple<Tensor, Tensor> batch_normalize_into(Tensor y, const Tensor& x, const Optional& weight, const Optional& bias,
+                                                const Optional& residual, double eps, int64_t activation, double param,
+                                                bool signed_scale) {
   if (x.numel() == 0) return {zeros_per_channel(x), zeros_per_channel(x)};
   Tensor mean = per_channel(x), var = per_channel(x);
   Work work({&x, pointer(residual)}, {&y});
-  const Kernels& k = kernels_for(work.dtype);
+  const Launchers& k = kernels_for(work.dtype);
   const auto& o = work.operands;
   ActivationOptions options = activation_options(activation, param, work.dtype);
-  Affine affine = affine_of(x, weight, bias, eps, signed_scale);
+  AffineVectors affine = affine_of(x, weight, bias, eps, signed_scale);
   if (work.fuse(1)) {
     k.fused_forward(work.launch, options, affine, o[0], o[1], o[2], mean.data_ptr(), var.data_ptr());
   } else {
@@ -249,9 +255,9 @@ std::tuple<Tensor, Tensor> batch_normalize_(const Tensor& x, const Optional& wei
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> gradient_sums(const Tensor& y, const Tensor& dy, const Optional& weight, const Optional& bias,
-                                         const Optional& residual, double eps, int64_t activation, double param,
-                                         bool signed_scale) {
+std::tuple<Tensor, Tensor> gradient_sums(const Tensor& y, const Tensor& dy, const Optional& weight,
+                                         const Optional& bias, const Optional& residual, double eps, int64_t activation,
+                                         double param, bool signed_scale) {
   if (y.numel() == 0) return {zeros_per_channel(y), zeros_per_channel(y)};
   Tensor sum_dz = per_channel(y), sum_dz_xhat = per_channel(y);
   Work work({&y, &dy, pointer(residual)}, {});
@@ -290,13 +296,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const
   if (y.numel() == 0) return {dx, dz, zeros_per_channel(y), zeros_per_channel(y)};
   Tensor sum_dz = per_channel(y), sum_dz_xhat = per_channel(y);
   Work work({&y, &dy, pointer(residual)}, {&dx, &dz});
-  const Kernels& k = kernels_for(work.dtype);
+  const Launchers& k = kernels_for(work.dtype);
   const auto& o = work.operands;
   ActivationOptions options = activation_options(activation, param, work.dtype);
-  Affine affine = affine_of(y, weight, bias, eps, signed_scale);
+  AffineVectors affine = affine_of(y, weight, bias, eps, signed_scale);
   if (work.fuse(2)) {
-    k.fused_backward(work.launch, options, affine, o[0], o[1], o[2], o[3], o[4], vector_of(var, y),
-                     sum_dz.data_ptr(), sum_dz_xhat.data_ptr());
+    k.fused_backward(work.launch, options, affine, o[0], o[1], o[2], o[3], o[4], vector_of(var, y), sum_dz.data_ptr(),
+                     sum_dz_xhat.data_ptr());
   } else {
     work.need_partial();
     k.gradient_sums(work.launch, options, affine, o[0], o[1], o[2], sum_dz.data_ptr(), sum_dz_xhat.data_ptr());

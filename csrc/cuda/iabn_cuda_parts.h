@@ -20,20 +20,24 @@ using A = Storage<Dtype::IABN_DTYPE>::wide;  // what is computed with
 IABN_DEVICE A value(const Vector& v, int64_t c, A otherwise) {
   if (v.data == nullptr) return otherwise;
   switch (v.dtype) {
-    case Dtype::f32: return A(static_cast<const float*>(v.data)[c * v.stride]);
-    case Dtype::f64: return A(static_cast<const double*>(v.data)[c * v.stride]);
-    case Dtype::bf16: return A(widen(static_cast<const Storage<Dtype::bf16>::type*>(v.data)[c * v.stride]));
-    case Dtype::f16: return A(widen(static_cast<const Storage<Dtype::f16>::type*>(v.data)[c * v.stride]));
+    case Dtype::f32:
+      return A(static_cast<const float*>(v.data)[c * v.stride]);
+    case Dtype::f64:
+      return A(static_cast<const double*>(v.data)[c * v.stride]);
+    case Dtype::bf16:
+      return A(widen(static_cast<const Storage<Dtype::bf16>::type*>(v.data)[c * v.stride]));
+    case Dtype::f16:
+      return A(widen(static_cast<const Storage<Dtype::f16>::type*>(v.data)[c * v.stride]));
   }
   return otherwise;
 }
 
-IABN_DEVICE A gamma_of(const Affine& affine, int64_t c) {
+IABN_DEVICE A gamma_of(const AffineVectors& affine, int64_t c) {
   if (affine.weight.data == nullptr) return 1;
   return effective_scale(value(affine.weight, c, 1), A(affine.eps), affine.signed_scale);
 }
 
-IABN_DEVICE A scale_of(const Affine& affine, int64_t c, A var) {
+IABN_DEVICE A scale_of(const AffineVectors& affine, int64_t c, A var) {
   return gamma_of(affine, c) / sqrt(var + A(affine.eps));
 }
 
@@ -41,7 +45,7 @@ IABN_DEVICE A scale_of(const Affine& affine, int64_t c, A var) {
 struct Recovery {
   A inverse, offset;
 
-  IABN_DEVICE Recovery(const Affine& affine, int64_t c)
+  IABN_DEVICE Recovery(const AffineVectors& affine, int64_t c)
       : inverse(1 / gamma_of(affine, c)), offset(-value(affine.bias, c, 0) * inverse) {}
 };
 
@@ -51,7 +55,7 @@ struct Gradient {
   bool centred;  // else in eval mode, where z may be infinite
 
   Gradient() = default;
-  IABN_DEVICE Gradient(const Affine& affine, int64_t c, A var, bool centred, A mean_dz, A mean_dz_xhat)
+  IABN_DEVICE Gradient(const AffineVectors& affine, int64_t c, A var, bool centred, A mean_dz, A mean_dz_xhat)
       : scale(scale_of(affine, c, var)), slope(0), intercept(0), centred(centred) {
     if (!centred) return;
     slope = -scale * mean_dz_xhat / gamma_of(affine, c);
@@ -97,18 +101,18 @@ IABN_DEVICE Values<W> unpack(const Pack<W>& pack) {
 }
 
 template <int W>
-IABN_DEVICE Pack<W> load(const Operand& o, int64_t offset) {
+IABN_DEVICE Pack<W> load(const StridedTensor& o, int64_t offset) {
   return read_vector<Pack<W>>(static_cast<const T*>(o.data) + offset);
 }
 
 // Zeros where there is no operand, such as no residual.
 template <int W>
-IABN_DEVICE Pack<W> load_any(const Operand& o, int64_t offset) {
+IABN_DEVICE Pack<W> load_any(const StridedTensor& o, int64_t offset) {
   return o.data == nullptr ? Pack<W>{} : load<W>(o, offset);
 }
 
 template <int W>
-IABN_DEVICE void store(const Operand& o, int64_t offset, const Values<W>& values) {
+IABN_DEVICE void store(const StridedTensor& o, int64_t offset, const Values<W>& values) {
   Pack<W> pack;
 #pragma unroll
   for (int i = 0; i < W; ++i) pack.v[i] = narrow<T>(values.v[i]);
@@ -150,7 +154,7 @@ struct Distances {
 
 // The first value of a channel. Means are merged as distances from it: were they merged as they are, a large one would
 // have lost the digits that the variance needs.
-IABN_DEVICE A origin(const Operand& x, int64_t c) { return widen(static_cast<const T*>(x.data)[c * x.channel]); }
+IABN_DEVICE A origin(const StridedTensor& x, int64_t c) { return widen(static_cast<const T*>(x.data)[c * x.channel]); }
 
 IABN_DEVICE void merge(Moments<A>& a, const Moments<A>& b) { a.merge(b.count, b.mean, b.m2); }
 IABN_DEVICE void merge(Sums& a, const Sums& b) {
@@ -221,20 +225,20 @@ struct Slot {
   int64_t run, position;
 
   template <int W>
-  IABN_DEVICE static Slot number(const Shape& s, int64_t slot) {
+  IABN_DEVICE static Slot number(const Extent& s, int64_t slot) {
     uint32_t per_run = uint32_t(s.inner / W), run = uint32_t(slot) / per_run;
     return {int64_t(run), int64_t(uint32_t(slot) - run * per_run) * W};
   }
   // Where it lies in an operand.
-  IABN_DEVICE int64_t in(const Operand& o, int64_t c) const { return run * o.outer + c * o.channel + position; }
+  IABN_DEVICE int64_t in(const StridedTensor& o, int64_t c) const { return run * o.outer + c * o.channel + position; }
 };
 
 template <int W>
-IABN_DEVICE int64_t slots(const Shape& s) {
+IABN_DEVICE int64_t slots(const Extent& s) {
   return s.per_channel() / W;
 }
 
-IABN_DEVICE int64_t in_row(const Operand& o, int64_t row, int64_t c) { return row * o.inner + c; }
+IABN_DEVICE int64_t in_row(const StridedTensor& o, int64_t row, int64_t c) { return row * o.inner + c; }
 
 struct Share {
   int64_t tile, begin, end, part;

@@ -34,7 +34,8 @@ const Kernels& kernels_for(Dtype dtype) {
   if (v4 && highest >= 2) return kV4;
 #endif
 #if defined(IABN_V3)
-  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  static const bool v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (v3 && highest >= 1) return kV3;
 #endif
   return kBaseline;
@@ -233,7 +234,8 @@ void sums_by_rows(const Kernels& k, const ActivationOptions& a, const Walk& w, c
   });
   for (int64_t p = 0; p <= parts; ++p) {
     int64_t filled = p < parts ? lanes : n;
-    for (int64_t i = 0; i < filled; ++i) out.dz[i % n] += dz[p * lanes + i], out.dz_xhat[i % n] += dz_xhat[p * lanes + i];
+    for (int64_t i = 0; i < filled; ++i)
+      out.dz[i % n] += dz[p * lanes + i], out.dz_xhat[i % n] += dz_xhat[p * lanes + i];
   }
 }
 
@@ -246,13 +248,14 @@ void sums_by_blocks(const Kernels& k, const ActivationOptions& a, const Walk& w,
                  &pieces[2 * (c * splits + split)]);
   });
   for (int64_t c = 0; c < w.shape.channels; ++c) {
-    for (int64_t i = c * splits; i < (c + 1) * splits; ++i) out.dz[c] += pieces[2 * i], out.dz_xhat[c] += pieces[2 * i + 1];
+    for (int64_t i = c * splits; i < (c + 1) * splits; ++i)
+      out.dz[c] += pieces[2 * i], out.dz_xhat[c] += pieces[2 * i + 1];
   }
 }
 
-std::tuple<Tensor, Tensor> gradient_sums(const Tensor& y, const Tensor& dy, const Optional& weight, const Optional& bias,
-                                         const Optional& residual, double eps, int64_t activation, double param,
-                                         bool signed_scale) {
+std::tuple<Tensor, Tensor> gradient_sums(const Tensor& y, const Tensor& dy, const Optional& weight,
+                                         const Optional& bias, const Optional& residual, double eps, int64_t activation,
+                                         double param, bool signed_scale) {
   Sums sums(y.size(1));
   if (y.numel() > 0) {
     Walk w = plan({&y, &dy, residual ? &*residual : nullptr});
@@ -275,7 +278,7 @@ void gradient_pass(const Kernels& k, const ActivationOptions& a, const Walk& w, 
   if (w.shape.rows) {
     Rows rows = join_rows(w);
     Vectors<T> repeated(v, rows.repeat);
-  Channels<T> channels = repeated.view();
+    Channels<T> channels = repeated.view();
     over_rows(w, rows, parts, [&](const Shape& s, const std::vector<Operand>& o, int64_t begin, int64_t end, int64_t) {
       k.row_gradient(s, a, o[0], o[1], o[2], o[3], o[4], &channels, begin, end);
     });

@@ -32,7 +32,7 @@ inline float float_of(u32 u) {
 struct Float32 {
   using type = float;
   static constexpr Dtype dtype = Dtype::f32;
-  static constexpr bool is_wide = true;  // it is also a type to accumulate in
+  static constexpr bool is_wide = true;  // its values are accumulated in the type that stores them
   static float widen(float f) { return f; }
   static float narrow(float f) { return f; }
 };
@@ -40,7 +40,7 @@ struct Float32 {
 struct Float64 {
   using type = double;
   static constexpr Dtype dtype = Dtype::f64;
-  static constexpr bool is_wide = true;  // it is also a type to accumulate in
+  static constexpr bool is_wide = true;  // its values are accumulated in the type that stores them
   static double widen(double f) { return f; }
   static double narrow(double f) { return f; }
 };
@@ -48,7 +48,7 @@ struct Float64 {
 struct BFloat16 {
   using type = u16;
   static constexpr Dtype dtype = Dtype::bf16;
-  static constexpr bool is_wide = false;  // it is also a type to accumulate in
+  static constexpr bool is_wide = false;  // stored in 16 bits, accumulated in float
   static float widen(u16 b) { return float_of(u32(b) << 16); }
   static u16 narrow(float f) {
     u32 u = bits_of(f);
@@ -60,7 +60,7 @@ struct BFloat16 {
 struct Float16 {
   using type = u16;
   static constexpr Dtype dtype = Dtype::f16;
-  static constexpr bool is_wide = false;  // it is also a type to accumulate in
+  static constexpr bool is_wide = false;  // stored in 16 bits, accumulated in float
   static float widen(u16 h) {
     u32 u = u32(h & 0x7fff) << 13;
     // Scaling by 2^112 moves the exponent's bias, and normalises subnormal numbers on the way.
@@ -89,10 +89,14 @@ using Stored = typename F::type;
 template <typename F>
 void with_format(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f32: return f(Float32{});
-    case Dtype::f64: return f(Float64{});
-    case Dtype::bf16: return f(BFloat16{});
-    case Dtype::f16: return f(Float16{});
+    case Dtype::f32:
+      return f(Float32{});
+    case Dtype::f64:
+      return f(Float64{});
+    case Dtype::bf16:
+      return f(BFloat16{});
+    case Dtype::f16:
+      return f(Float16{});
   }
 }
 

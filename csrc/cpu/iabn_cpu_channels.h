@@ -19,7 +19,8 @@ std::vector<double> to_doubles(const Optional& v, int64_t n, double otherwise) {
   for (int64_t i = 0; i < n; ++i) {
     if (dtype == Dtype::f32) out[i] = static_cast<const float*>(p)[i * stride];
     else if (dtype == Dtype::f64) out[i] = static_cast<const double*>(p)[i * stride];
-    else if (dtype == Dtype::bf16) out[i] = static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(p)[i * stride]);
+    else if (dtype == Dtype::bf16)
+      out[i] = static_cast<float>(static_cast<const torch::headeronly::BFloat16*>(p)[i * stride]);
     else out[i] = static_cast<float>(static_cast<const torch::headeronly::Half*>(p)[i * stride]);
   }
   return out;
@@ -44,11 +45,13 @@ struct Affine {
   bool has_weight;
 
   Affine(const Optional& w, const Optional& b, double eps, bool signed_scale, int64_t n)
-      : eps(eps), signed_scale(signed_scale), weight(to_doubles(w, n, 1)), bias(to_doubles(b, n, 0)), has_weight(bool(w)) {}
+      : eps(eps),
+        signed_scale(signed_scale),
+        weight(to_doubles(w, n, 1)),
+        bias(to_doubles(b, n, 0)),
+        has_weight(bool(w)) {}
 
-  double gamma(int64_t c) const {
-    return has_weight ? effective_scale(weight[c], eps, signed_scale) : 1;
-  }
+  double gamma(int64_t c) const { return has_weight ? effective_scale(weight[c], eps, signed_scale) : 1; }
 };
 
 // The vectors of a `Channels`, in the type that the kernels accumulate in. Each term that is
@@ -76,8 +79,7 @@ struct Vectors {
 
   Channels<T> view() const {
     auto data = [](const std::vector<T>& v) { return v.empty() ? nullptr : v.data(); };
-    return {data(mean),   data(scale), data(shift),    data(inverse),
-            data(offset), data(slope), data(intercept)};
+    return {data(mean), data(scale), data(shift), data(inverse), data(offset), data(slope), data(intercept)};
   }
   void set_forward(const Affine& affine, int64_t c, double exact_mean, double var) {
     scale[c] = usual(affine.gamma(c) / std::sqrt(var + affine.eps));

@@ -34,15 +34,15 @@ struct Inputs {
 };
 
 template <int W>
-IABN_DEVICE Gradients<W> load_gradients(const Slot& at, int64_t c, const Operand& y, const Operand& dy,
-                                        const Operand& r) {
+IABN_DEVICE Gradients<W> load_gradients(const Slot& at, int64_t c, const StridedTensor& y, const StridedTensor& dy,
+                                        const StridedTensor& r) {
   return {load<W>(y, at.in(y, c)), load<W>(dy, at.in(dy, c)), load_any<W>(r, at.in(r, c))};
 }
 
 // Writes dx, and dz where it is asked for, at these offsets; gradient(i) is that of element i.
 template <int W, typename F>
-IABN_DEVICE void store_gradients(const Activated& act, const Gradients<W>& g, F gradient, const Operand& dx,
-                                 int64_t dx_at, const Operand& dz, int64_t dz_at) {
+IABN_DEVICE void store_gradients(const Activated& act, const Gradients<W>& g, F gradient, const StridedTensor& dx,
+                                 int64_t dx_at, const StridedTensor& dz, int64_t dz_at) {
   Values<W> dx_values, dz_values;
   g.each(act, [&](int i, A dz_value, A z) {
     dz_values.v[i] = dz_value;
@@ -65,7 +65,7 @@ IABN_DEVICE void add_vector(Distances& distances, const Pack<W>& pack) {
 }
 
 template <int W>
-__global__ void __launch_bounds__(kBlockThreads) planes_moments(Shape s, Operand x, Moments<A>* partial) {
+__global__ void __launch_bounds__(kBlockThreads) planes_moments(Extent s, StridedTensor x, Moments<A>* partial) {
   Share share = share_of_block(slots<W>(s), true);
   int64_t c = share.tile;
   Distances distances;
@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kBlockThreads) planes_moments(Shape s, Operand
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads)
-    planes_normalize(Shape s, Activated act, Affine affine, Operand x, Operand r, Operand y, Vector mean, Vector var) {
+    planes_normalize(Extent s, Activated act, AffineVectors affine, StridedTensor x, StridedTensor r, StridedTensor y,
+                     Vector mean, Vector var) {
   Share share = share_of_block(slots<W>(s), false);
   int64_t c = share.tile;
   A m = value(mean, c, 0), scale = scale_of(affine, c, value(var, c, 0)), bias = value(affine.bias, c, 0);
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads)
-    planes_sums(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Sums* partial) {
+    planes_sums(Extent s, Activated act, AffineVectors affine, StridedTensor y, StridedTensor dy, StridedTensor r,
+                Sums* partial) {
   Share share = share_of_block(slots<W>(s), true);
   int64_t c = share.tile;
   Recovery recovery(affine, c);
@@ -111,8 +113,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads)
-    planes_gradient(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Operand dx, Operand dz,
-                    Vector var, Vector mean_dz, Vector mean_dz_xhat, A mean_share) {
+    planes_gradient(Extent s, Activated act, AffineVectors affine, StridedTensor y, StridedTensor dy, StridedTensor r,
+                    StridedTensor dx, StridedTensor dz, Vector var, Vector mean_dz, Vector mean_dz_xhat, A mean_share) {
   Share share = share_of_block(slots<W>(s), false);
   int64_t c = share.tile;
   Gradient gradient(affine, c, value(var, c, 0), mean_dz.data != nullptr, value(mean_dz, c, 0) * mean_share,
@@ -127,7 +129,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 // A channel in shared memory, one block per channel; each thread comes back to the vectors that it has put there itself.
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads, 2)
-    planes_fused_forward(Shape s, Activated act, Affine affine, Operand x, Operand r, Operand y, A* mean, A* var) {
+    planes_fused_forward(Extent s, Activated act, AffineVectors affine, StridedTensor x, StridedTensor r,
+                         StridedTensor y, A* mean, A* var) {
   IABN_DYNAMIC_SHARED(kept);
   Pack<W>* packs = reinterpret_cast<Pack<W>*>(kept);
   IABN_SHARED(Moments<A>, all, 1);
@@ -161,8 +164,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads, 2)
-    planes_fused_backward(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Operand dx,
-                          Operand dz, Vector var, A* sum_dz, A* sum_dz_xhat) {
+    planes_fused_backward(Extent s, Activated act, AffineVectors affine, StridedTensor y, StridedTensor dy,
+                          StridedTensor r, StridedTensor dx, StridedTensor dz, Vector var, A* sum_dz, A* sum_dz_xhat) {
   IABN_DYNAMIC_SHARED(kept);
   Pack<W>*ys = reinterpret_cast<Pack<W>*>(kept), *dys = ys + slots<W>(s);
   IABN_SHARED(Sums, all, 1);
@@ -203,7 +206,7 @@ IABN_DEVICE int64_t first_channel(int64_t tile) {
 }
 
 template <int W>
-__global__ void __launch_bounds__(kBlockThreads) rows_moments(Shape s, Operand x, Moments<A>* partial) {
+__global__ void __launch_bounds__(kBlockThreads) rows_moments(Extent s, StridedTensor x, Moments<A>* partial) {
   Share share = share_of_block(s.inner, true);
   int64_t c = first_channel<W>(share.tile);
   Moments<A> moments[W];
@@ -229,7 +232,8 @@ __global__ void __launch_bounds__(kBlockThreads) rows_moments(Shape s, Operand x
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads)
-    rows_normalize(Shape s, Activated act, Affine affine, Operand x, Operand r, Operand y, Vector mean, Vector var) {
+    rows_normalize(Extent s, Activated act, AffineVectors affine, StridedTensor x, StridedTensor r, StridedTensor y,
+                   Vector mean, Vector var) {
   Share share = share_of_block(s.inner, false);
   int64_t c = first_channel<W>(share.tile);
   if (c >= s.channels) return;
@@ -252,7 +256,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads)
-    rows_sums(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Sums* partial) {
+    rows_sums(Extent s, Activated act, AffineVectors affine, StridedTensor y, StridedTensor dy, StridedTensor r,
+              Sums* partial) {
   Share share = share_of_block(s.inner, true);
   int64_t c = first_channel<W>(share.tile);
   Sums sums[W];
@@ -278,8 +283,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 template <int W>
 __global__ void __launch_bounds__(kBlockThreads)
-    rows_gradient(Shape s, Activated act, Affine affine, Operand y, Operand dy, Operand r, Operand dx, Operand dz,
-                  Vector var, Vector mean_dz, Vector mean_dz_xhat, A mean_share) {
+    rows_gradient(Extent s, Activated act, AffineVectors affine, StridedTensor y, StridedTensor dy, StridedTensor r,
+                  StridedTensor dx, StridedTensor dz, Vector var, Vector mean_dz, Vector mean_dz_xhat, A mean_share) {
   Share share = share_of_block(s.inner, false);
   int64_t c = first_channel<W>(share.tile);
   if (c >= s.channels) return;
@@ -312,7 +317,7 @@ IABN_DEVICE Item merge_parts(int64_t channels, int64_t parts, const Item* partia
 }
 
 __global__ void __launch_bounds__(kFinishChannels* kFinishParts)
-    finish_moments(int64_t channels, int64_t parts, const Moments<A>* partial, Operand x, A* mean, A* var) {
+    finish_moments(int64_t channels, int64_t parts, const Moments<A>* partial, StridedTensor x, A* mean, A* var) {
   int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   Moments<A> moments = merge_parts(channels, parts, partial, c);
   if (threadIdx.y != 0 || c >= channels) return;
@@ -354,7 +359,7 @@ dim3 fused_block(const Launch& l) {
 }
 dim3 finish_grid(const Launch& l) { return dim3(unsigned((l.shape.channels + kFinishChannels - 1) / kFinishChannels)); }
 
-void statistics(const Launch& l, Operand x, void* mean, void* var) {
+void statistics(const Launch& l, StridedTensor x, void* mean, void* var) {
   auto* partial = static_cast<Moments<A>*>(l.partial);
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
@@ -365,8 +370,8 @@ void statistics(const Launch& l, Operand x, void* mean, void* var) {
               l.plan.parts, partial, x, static_cast<A*>(mean), static_cast<A*>(var));
 }
 
-void normalize(const Launch& l, const ActivationOptions& options, const Affine& affine, Operand x, Operand r,
-               Operand y, Vector mean, Vector var) {
+void normalize(const Launch& l, const ActivationOptions& options, const AffineVectors& affine, StridedTensor x,
+               StridedTensor r, StridedTensor y, Vector mean, Vector var) {
   Activated act(options);
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
@@ -376,19 +381,19 @@ void normalize(const Launch& l, const ActivationOptions& options, const Affine& 
   });
 }
 
-void fused_forward(const Launch& l, const ActivationOptions& options, const Affine& affine, Operand x, Operand r,
-                   Operand y, void* mean, void* var) {
+void fused_forward(const Launch& l, const ActivationOptions& options, const AffineVectors& affine, StridedTensor x,
+                   StridedTensor r, StridedTensor y, void* mean, void* var) {
   Activated act(options);
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
     allow_shared(planes_fused_forward<W>, l.fused_bytes);
-    IABN_LAUNCH((planes_fused_forward<W>), dim3(unsigned(l.shape.channels)), fused_block(l), l.fused_bytes,
-                l.stream, l.shape, act, affine, x, r, y, static_cast<A*>(mean), static_cast<A*>(var));
+    IABN_LAUNCH((planes_fused_forward<W>), dim3(unsigned(l.shape.channels)), fused_block(l), l.fused_bytes, l.stream,
+                l.shape, act, affine, x, r, y, static_cast<A*>(mean), static_cast<A*>(var));
   });
 }
 
-void gradient_sums(const Launch& l, const ActivationOptions& options, const Affine& affine, Operand y, Operand dy,
-                   Operand r, void* sum_dz, void* sum_dz_xhat) {
+void gradient_sums(const Launch& l, const ActivationOptions& options, const AffineVectors& affine, StridedTensor y,
+                   StridedTensor dy, StridedTensor r, void* sum_dz, void* sum_dz_xhat) {
   Activated act(options);
   auto* partial = static_cast<Sums*>(l.partial);
   with_width(l, [&](auto width) {
@@ -401,8 +406,9 @@ void gradient_sums(const Launch& l, const ActivationOptions& options, const Affi
               l.plan.parts, partial, static_cast<A*>(sum_dz), static_cast<A*>(sum_dz_xhat));
 }
 
-void input_gradient(const Launch& l, const ActivationOptions& options, const Affine& affine, Operand y, Operand dy,
-                    Operand r, Operand dx, Operand dz, Vector var, Vector mean_dz, Vector mean_dz_xhat, double share) {
+void input_gradient(const Launch& l, const ActivationOptions& options, const AffineVectors& affine, StridedTensor y,
+                    StridedTensor dy, StridedTensor r, StridedTensor dx, StridedTensor dz, Vector var, Vector mean_dz,
+                    Vector mean_dz_xhat, double share) {
   Activated act(options);
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
@@ -415,15 +421,15 @@ void input_gradient(const Launch& l, const ActivationOptions& options, const Aff
   });
 }
 
-void fused_backward(const Launch& l, const ActivationOptions& options, const Affine& affine, Operand y, Operand dy,
-                    Operand r, Operand dx, Operand dz, Vector var, void* sum_dz, void* sum_dz_xhat) {
+void fused_backward(const Launch& l, const ActivationOptions& options, const AffineVectors& affine, StridedTensor y,
+                    StridedTensor dy, StridedTensor r, StridedTensor dx, StridedTensor dz, Vector var, void* sum_dz,
+                    void* sum_dz_xhat) {
   Activated act(options);
   with_width(l, [&](auto width) {
     constexpr int W = decltype(width)::value;
     allow_shared(planes_fused_backward<W>, l.fused_bytes);
-    IABN_LAUNCH((planes_fused_backward<W>), dim3(unsigned(l.shape.channels)), fused_block(l), l.fused_bytes,
-                l.stream, l.shape, act, affine, y, dy, r, dx, dz, var, static_cast<A*>(sum_dz),
-                static_cast<A*>(sum_dz_xhat));
+    IABN_LAUNCH((planes_fused_backward<W>), dim3(unsigned(l.shape.channels)), fused_block(l), l.fused_bytes, l.stream,
+                l.shape, act, affine, y, dy, r, dx, dz, var, static_cast<A*>(sum_dz), static_cast<A*>(sum_dz_xhat));
   });
 }
 
@@ -431,7 +437,7 @@ void fused_backward(const Launch& l, const ActivationOptions& options, const Aff
 
 #define IABN_JOIN_(a, b) a##b
 #define IABN_JOIN(a, b) IABN_JOIN_(a, b)
-const Kernels IABN_JOIN(k_, IABN_DTYPE) = {statistics,    normalize,      fused_forward,
-                                           gradient_sums, input_gradient, fused_backward};
+const Launchers IABN_JOIN(k_, IABN_DTYPE) = {statistics,    normalize,      fused_forward,
+                                             gradient_sums, input_gradient, fused_backward};
 
 }  // namespace iabn::cuda

@@ -16,15 +16,15 @@
 #define IABN_DEVICE __device__ __forceinline__
 
 // `name` points to room for n items, shared by the threads of a block and not initialised.
-#define IABN_SHARED(Item, name, n)                                       \
+#define IABN_SHARED(Item, name, n)                                         \
   __shared__ __align__(16) unsigned char name##_bytes[(n) * sizeof(Item)]; \
   Item* name = reinterpret_cast<Item*>(name##_bytes)
 
 // `name` points to the shared memory whose size is given at launch.
 #define IABN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
-#define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                    \
-  (void((kernel)<<<grid, block, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)), \
+#define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                             \
+  (void((kernel) < < < grid, block, size_t(shared_bytes), static_cast<cudaStream_t>(stream) >>> (__VA_ARGS__)), \
    iabn::cuda::check(cudaGetLastError()))
 
 namespace iabn::cuda {
