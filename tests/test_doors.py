@@ -72,6 +72,7 @@ json.dump(found, sys.stdout)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet_iabn.mnist", "test_resnet_iabn.legacy"])
 def test_all_doors_give_equal_bits(name, clone, organisation, tmp_path):
     shutil.copytree(clone, tmp_path / "torch" / "hub" / "owner_name_main")
@@ -97,6 +98,7 @@ def test_hub_loads_every_model(clone):
         assert network.num_classes == 3
 
 
+@pytest.mark.slow
 def test_classify_fetches_from_a_mirror_and_refuses_a_flipped_byte(organisation, tmp_path):
     network, record, environment = organisation
     Image.effect_noise((90, 70), 80).save(tmp_path / "photo.png")

@@ -102,6 +102,7 @@ def test_rocm_and_other_devices_have_no_native_kernels(monkeypatch):
     assert loading.use_native("xpu").backend == "reference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiled_operators_agree_with_the_reference(layout):
     x, dy, r = (torch.randn(3, 16, 9, 7).contiguous(memory_format=layout) for _ in range(3))

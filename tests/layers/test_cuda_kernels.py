@@ -28,6 +28,7 @@ def library(tmp_path_factory):
     return on_host.Library(on_host.build(tmp_path_factory.mktemp("cuda")))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(
@@ -150,6 +151,7 @@ def outcomes(tmp_path_factory):
     return {name: found[library] for name, library in libraries.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_fault_is_found(outcomes, name):
     assert outcomes[name]["code"] != 0

@@ -463,6 +463,7 @@ class _Small(nn.Module):
         return self.bn2(self.conv2(x), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"inplace": False, "activation": "elu"}], ids=str)
 def test_compiled_network_keeps_no_more_and_computes_the_same(options):
     eager = _Small(**options)
@@ -481,6 +482,7 @@ def test_compiled_network_keeps_no_more_and_computes_the_same(options):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_compiled_network_takes_any_batch_and_mode():
     eager = _Small()
     compiled_from = copy.deepcopy(eager)

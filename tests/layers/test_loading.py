@@ -110,6 +110,7 @@ def test_doctor_tells_of_a_missing_compiler(tmp_path):
     assert facts["devices"]["cpu"]["self_check"].startswith("correct")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("IABN_HUB_BACKEND") == "reference", reason="only the reference is wanted")
 def test_truncated_library_is_built_again(tmp_path):
     # The fewest instruction sets build fastest.

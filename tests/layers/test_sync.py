@@ -85,6 +85,7 @@ def assert_equal_to_one_process(results, whole):
             torch.testing.assert_close(result[name], whole[name], **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(3, 2), (4, 0, 1, 2)], ids=str)
 def test_several_processes_equal_one(sizes, tmp_path):
     results = spawn(with_a_part, len(sizes), tmp_path, sizes)
@@ -121,6 +122,7 @@ def counted(rank, sizes):
     return found
 
 
+@pytest.mark.slow
 def test_one_collective_each_way_and_none_where_none_is_needed(tmp_path):
     for found in spawn(counted, 2, tmp_path, (3, 2)):
         one_forward, one_backward = {"allgather_base": 1}, {"allreduce": 1}
@@ -155,6 +157,7 @@ def in_groups(rank, sizes):
     return result
 
 
+@pytest.mark.slow
 def test_a_group_of_some_processes(tmp_path):
     sizes = (3, 2, 2)
     results = spawn(in_groups, 3, tmp_path, sizes)
@@ -213,6 +216,7 @@ def in_frames(rank, sizes):
     return found
 
 
+@pytest.mark.slow
 def test_ddp_fsdp_checkpointing_and_compile(tmp_path):
     sizes = (2, 2)
     expected = gradients(Network(InPlaceABN).double(), a_batch(sizes)[0])
@@ -279,6 +283,7 @@ def test_without_a_process_group_one_warning_says_so(caplog):
 TRAINING = Path(__file__).parent / "train_tiny.py"
 
 
+@pytest.mark.slow
 def test_torchrun_trains_to_the_weights_of_one_process(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, command in (("one", [sys.executable]), ("two", launch)):

@@ -188,6 +188,7 @@ def test_a_classifier_does_not_segment(capsys, tmp_path):
     assert "is for classification, not for segmentation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_photos(weights, tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):

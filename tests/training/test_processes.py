@@ -27,6 +27,7 @@ def trainers(parent):
     return [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_after_one_was_killed_and_count_exactly(recipe_file, pictures, measure, tmp_path):
     data, out = pictures(val=6), tmp_path / "run"
     (data / "val" / "dark" / "0.png").unlink()  # 11 images: one process has 6, the other 5

@@ -73,6 +73,7 @@ def as_process(recipe, data, out, *more):
     return subprocess.Popen([*line, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_killed_and_resumed_it_ends_with_the_same_weights(train, recipe_file, pictures, tmp_path, capsys, workers):
     """Killed in the middle of an epoch, with an average of the weights that must go on as well."""

@@ -42,6 +42,7 @@ def scenes(tmp_path_factory):
     return shapes(tmp_path_factory.mktemp("scenes") / "small", train=12, val=3, side=64)
 
 
+@pytest.mark.slow
 def test_a_tiny_network_learns_the_shapes(tmp_path, measure, capsys):
     data, out = shapes(tmp_path / "shapes"), tmp_path / "run"
     assert train(data, out, "--epochs", "3") == 0
@@ -90,6 +91,7 @@ def test_a_run_that_stopped_goes_on_exactly(scenes, tmp_path):
     assert all(first[name].equal(second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_two_processes_count_exactly(scenes, tmp_path, measure):
     out = tmp_path / "run"
     line = (ROOT / "tools" / "train_segmentation.py", RECIPE, scenes, "--out", out, *SMALL, "--epochs", 1)
