@@ -23,9 +23,11 @@
 // `name` points to the shared memory whose size is given at launch.
 #define IABN_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
+// clang-format off: it takes the launch for comparisons
 #define IABN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                             \
-  (void((kernel) < < < grid, block, size_t(shared_bytes), static_cast<cudaStream_t>(stream) >>> (__VA_ARGS__)), \
+  (void((kernel)<<<grid, block, size_t(shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)),       \
    iabn::cuda::check(cudaGetLastError()))
+// clang-format on
 
 namespace iabn::cuda {
 
