@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Write scenes of coloured shapes with a class for every pixel: 200 to train on, 40 held out, of 128 × 128 pixels.
+"""Write images of coloured shapes with a class for every pixel: 200 to train on, 40 held out, of 128 × 128 pixels.
 
     python tools/shapes_dataset.py data/shapes
 
-They are drawn with a fixed seed: discs, squares and triangles over one another, each in shades of its own, with grain.
+They are generated with a fixed seed: overlapping discs, squares and triangles in random shades, with noise.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> int:
     if arguments.out.exists():
         parser.error(f"{arguments.out} exists already: name a new folder")
     write(arguments.out)
-    print(f"{arguments.out}: 200 scenes in train, 40 in val; {', '.join(CLASSES)}")
+    print(f"{arguments.out}: 200 images in train, 40 in val; {', '.join(CLASSES)}")
     return 0
 
 

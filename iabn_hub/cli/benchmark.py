@@ -24,7 +24,10 @@ common: Callable[[Any], Any] = options(
 
 @click.group("benchmark")
 def command() -> None:
-    """Measure the layer and the networks beside what they compete with, in one run."""
+    """Measure speed and memory of the layer and the networks.
+
+    Each benchmark runs all contenders in one run and prints their ratios.
+    """
 
 
 @command.command("layer")

@@ -26,7 +26,7 @@ SHOWN = 3
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
 def command(given: Path, out: Path, arch: str | None, overwrite: bool, as_json: bool) -> None:
-    """Convert a file of weights from one layout to another, and report what changed.
+    """Convert a file of weights to another layout.
 
     The suffix of OUT decides: .safetensors has the names of iabn_hub; .pth, .pth.tar and .pt have the names of
     mapillary/inplace_abn, written by torch.save with tensors only (its scripts read no other format). IN may be any of

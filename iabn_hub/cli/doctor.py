@@ -26,9 +26,9 @@ COSTS = {
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> int:
-    """Show which kernels the layer uses here and why, and check them against the reference.
+    """Show which kernels the layer uses here, and check them.
 
-    Builds the kernels if that has not happened yet.
+    Shows why they are used, and compares them with the reference kernels. Builds the kernels if necessary.
     """
     facts = examine()
     if as_json:

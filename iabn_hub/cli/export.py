@@ -45,7 +45,9 @@ target_options = options(
 )
 @json_option
 def command(names: tuple[str, ...], everything: bool, **given: Any) -> int:
-    """Export checkpoints as repositories of the Hugging Face Hub: fetch and verify, convert, describe, upload.
+    """Export checkpoints to the Hugging Face Hub.
+
+    Fetches and verifies the weights, converts and describes them, and uploads the repository.
 
     Each becomes model.safetensors, config.json (timm's), README.md (a model card), provenance.json (digests and
     versions), and recipe.json where its training is known. The same command writes the same files, and uploads nothing

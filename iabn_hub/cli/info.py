@@ -21,7 +21,10 @@ SHOWN = (
 @click.argument("name", metavar="NAME", shell_complete=complete_names)
 @json_option
 def command(name: str, as_json: bool) -> None:
-    """Show what is known of the checkpoint NAME (model or model.tag): accuracy, training, licence, source."""
+    """Show what is known of a checkpoint.
+
+    NAME is model or model.tag. Shows accuracy by protocol, training settings, licence, source, and the cached file.
+    """
     record = find_checkpoint(name)
     path = verified_file(record)
     facts: dict[str, Any] = {**record.to_dict(), "name": record.name, "cached": str(path) if path else None}

@@ -17,7 +17,9 @@ from .frame import FAILED, OK, complain, complete_names, json_option, print_json
 @click.argument("names", metavar="[NAME]…", nargs=-1, shell_complete=complete_names)
 @json_option
 def command(folder: Path, names: tuple[str, ...], as_json: bool) -> int:
-    """Build a mirror: a folder of verified checkpoints under the names that IABN_HUB_MIRROR looks for.
+    """Build a mirror of the checkpoints.
+
+    A mirror is a folder of verified files under the names that IABN_HUB_MIRROR looks for.
 
     NAME is model or model.tag; without names, all checkpoints are added. Any static web server can serve the folder,
     for machines that cannot reach the internet; or mount it, and set IABN_HUB_MIRROR=file:///path/of/DIR. Complete

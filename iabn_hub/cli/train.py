@@ -39,13 +39,13 @@ recipe_options = options(
     click.option("--set", "changes", metavar="KEY=VALUE", multiple=True,
                  help="Change the recipe: optimizer.learning_rate=0.05"),
     click.option("--model", metavar="NAME", help="Another network: resnet50_iabn, resnext101_abn …"),
-    click.option("--epochs", type=int),
+    click.option("--epochs", type=int, help="Epochs of the schedule."),
     click.option("--batch-size", type=int, help="Images per optimizer step, over all ranks and accumulation steps."),
     click.option("--accumulation-steps", type=int, help="Forward and backward passes per optimizer step."),
     click.option("--amp", type=click.Choice(["off", "bf16", "fp16"]), help="Mixed precision."),
     click.option("--channels-last", is_flag=True, default=None, help="Use the channels_last memory format."),
     click.option("--compile", is_flag=True, default=None, help="Use torch.compile."),
-    click.option("--seed", type=int),
+    click.option("--seed", type=int, help="Of initialisation, order and augmentation."),
 )  # fmt: skip
 run_options = options(
     device_option,
@@ -77,7 +77,9 @@ dataset_options = options(
 @dataset_options
 @json_option
 def command(recipe: str, data: str, **given: Any) -> int:
-    """Train a network by a recipe, or fine-tune one, on one device or many.
+    """Train or fine-tune a network by a recipe.
+
+    Runs on one device, and on many under torchrun.
 
     RECIPE is a JSON file or the name of a bundled recipe; 'iabn-hub train list' shows the names.
 

@@ -77,7 +77,9 @@ network_options = options(
               help="Also write an HTML page with the worst classes and the most confident errors.")  # fmt: skip
 @json_option
 def command(model: str, data: str, **given: Any) -> int:
-    """Measure a network on every image of a split, on one device or, under torchrun, on many.
+    """Measure a network on a held-out split.
+
+    Every image counts once, on one device or, under torchrun, on many.
 
     Classification: top-1, top-5 and loss. Segmentation: intersection over union of each class, and their mean (mIoU).
 

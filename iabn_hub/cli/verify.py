@@ -21,7 +21,9 @@ from .frame import FAILED, OK, complete_names, json_option, print_json
 @click.option("--mirror", type=click.Path(path_type=Path), metavar="DIR", help="Check a mirror instead of the cache.")
 @json_option
 def command(names: tuple[str, ...], mirror: Path | None, as_json: bool) -> int:
-    """Read cached checkpoints again and compare their md5 with the published one.
+    """Check the md5 of cached checkpoints, or of a mirror.
+
+    Reads the files again and compares with the published md5.
 
     NAME is model or model.tag; without names, all cached checkpoints are checked.
     """

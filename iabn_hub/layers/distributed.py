@@ -67,11 +67,11 @@ class Peers:
             ValueError: on every process, if the channels or the dtypes differ; says who has what.
         """
         mine = torch.tensor([x.size(1), _DTYPES.index(x.dtype)], device=x.device)
-        everyone = self._gather(mine).tolist()
-        if any(other != everyone[0] for other in everyone):
+        gathered = self._gather(mine).tolist()
+        if any(other != gathered[0] for other in gathered):
             who = ", ".join(
                 f"process {rank}: {channels} channels of {_DTYPES[dtype]}"
-                for rank, (channels, dtype) in enumerate(everyone)
+                for rank, (channels, dtype) in enumerate(gathered)
             )
             raise ValueError(f"the processes that synchronise their statistics disagree about the input ({who})")
 

@@ -92,7 +92,7 @@ class Network(nn.Module):
         self._first_pool = global_pool
 
     def finish(self, num_features: int, norm: nn.Module, activation: str, activation_param: float, where: Any) -> None:
-        """Close the network with its last norm and head, and draw the weights."""
+        """Close the network with its last norm and head, and initialise the weights."""
         self.norm = norm
         self.num_features = self.head_hidden_size = num_features
         self._make_head(self.num_classes, self._first_pool, **where)

@@ -69,7 +69,7 @@ class VotingFusion:
 
 
 class MaxFusion:
-    """The class of the surest view; of equals, the first. Keeps one value and one class a pixel."""
+    """The class of the most confident view; of equals, the first. Stores one value and one class per pixel."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
@@ -81,9 +81,9 @@ class MaxFusion:
         if self.values is None or self.classes is None:
             self.values, self.classes = values, classes
             return
-        surer = values > self.values
-        self.values = torch.where(surer, values, self.values)
-        self.classes = torch.where(surer, classes, self.classes)
+        better = values > self.values
+        self.values = torch.where(better, values, self.values)
+        self.classes = torch.where(better, classes, self.classes)
 
     def output(self) -> tuple[Tensor, Tensor]:
         assert self.values is not None
