@@ -60,7 +60,12 @@ _DENSE_PREDICTION = {
 
 def is_legacy(names: Mapping[str, object]) -> bool:
     """Whether these are names of the legacy layout (all its networks have a `mod1`)."""
-    return any(name.removeprefix("module.").removeprefix("body.").startswith("mod1.") for name in names)
+    return any(_without_wrappers(name).removeprefix("body.").startswith("mod1.") for name in names)
+
+
+def _without_wrappers(name: str) -> str:
+    """The name without what DataParallel, DistributedDataParallel, AveragedModel and torch.compile put into it."""
+    return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def current_name(name: str) -> str:
@@ -78,7 +83,7 @@ def current_name(name: str) -> str:
 
 
 def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
-    """The state dict under our names, without the `module.` that a data-parallel wrapper leaves.
+    """The state dict under our names, without the prefixes of wrappers such as DataParallel and torch.compile.
 
     A state dict in our layout comes back with the same names.
 
@@ -86,7 +91,8 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
         CheckpointError: two keys would get the same name.
     """
     every = flat(state_dict)
-    bare = _renamed(every, {name: name.removeprefix("module.") for name in every})
+    every.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    bare = _renamed(every, {name: _without_wrappers(name) for name in every})
     if not is_legacy(bare):  # ours; the first release called the backbone 'body'
         return _renamed(bare, {name: re.sub(r"^body\.", "backbone.", name) for name in bare})
     names = {name: current_name(name) for name in bare}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import struct
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -18,6 +20,16 @@ from .errors import CheckpointError
 
 BEST = "best.pt"  # the snapshot of the best epoch of a run
 SNAPSHOT_KEYS = {"model", "ema", "optimizer", "position", "recipe", "classes"}
+# What training scripts store beside weights and what holds no code: options, and numbers of numpy.
+_NUMBERS = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+PLAIN_VALUES: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # written by numpy 1
+    *_NUMBERS,
+]
 CONTAINERS = ("state_dict", "model")  # where training snapshots keep their weights
 
 
@@ -35,7 +47,8 @@ def read_weights(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: there is no such file")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN_VALUES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except OSError as e:

@@ -6,15 +6,19 @@ CVPR 2018; the backward pass is the paper's "InPlace-ABN II" (section 3), which 
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import distributed, ops, reference
 from .activations import IDENTITY, gradient, invertible_activation
 from .backends.loading import chosen_backend, use_native
+
+_logger = logging.getLogger(__name__)
 
 
 def inplace_abn(
@@ -125,6 +129,9 @@ def _forward(
     peers: distributed.Peers,
 ) -> Tensor:
     act = invertible_activation(activation, activation_param)
+    if inplace and _autograd_refuses(x):
+        _hint_at_new_tensor()
+        inplace = False
     _check(x, residual, inplace, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if residual is not None:
         residual = residual.to(x.dtype)
@@ -192,6 +199,23 @@ def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor 
         _check_overwritable(x)
 
 
+@functools.cache
+def _hint_at_new_tensor() -> None:
+    _logger.info(
+        "an input of in-place ABN is a view that autograd does not let be overwritten (from chunk, split or unbind, or "
+        "behind a full backward hook): the layer writes a new tensor, and saves no more for the backward pass"
+    )
+
+
+def _autograd_refuses(x: Tensor) -> bool:
+    """Whether x is a view that autograd would refuse to see overwritten, after it has been."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x._is_view():
+        return False
+    autograd: Any = torch._C._autograd
+    refuses: bool = autograd._get_creation_meta(x) != autograd.CreationMeta.DEFAULT
+    return refuses
+
+
 def _check_overwritable(x: Tensor) -> None:
     """Refuse what autograd would refuse as well, but only after the input is lost."""
     base = x if x._base is None else x._base
@@ -238,6 +262,22 @@ def _track(
             running.add_(batch, alpha=share)
 
 
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a second derivative at once; autograd would leave out what goes through the statistics."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                "in-place ABN has no second derivative, which create_graph=True (a gradient penalty) asks for: use "
+                "ABN, which keeps its input and has one (in this package's networks norm_layer='abn')"
+            )
+        with torch.no_grad():
+            return backward(ctx, *gradients)
+
+    return call
+
+
 class _BatchNormalize(torch.autograd.Function):
     """A training step of one process: from x to y and its statistics, whose part in the gradient is in that of x."""
 
@@ -261,15 +301,16 @@ class _BatchNormalize(torch.autograd.Function):
         found.extend((mean, var))
         ctx.save_for_backward(y, weight, bias, residual, var)
         ctx.options = options
+        _, ctx.activation, ctx.param, ctx.signed_scale = options
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, residual, var = ctx.saved_tensors
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
         recover = (weight, bias, residual, *ctx.options)
-        want_dz = want_residual and ctx.options[1] != IDENTITY
+        want_dz = want_residual and ctx.activation != IDENTITY
         dx = dz = None
         d_affine: tuple[Tensor | None, Tensor | None] = (None, None)
         if want_x:
@@ -279,7 +320,7 @@ class _BatchNormalize(torch.autograd.Function):
             if want_weight or want_bias:
                 d_affine = _affine_gradients(ctx, weight, bias, *kernels(y).gradient_sums(y, dy, *recover))
             if want_dz:
-                dz = gradient(y, dy, *ctx.options[1:3])
+                dz = gradient(y, dy, ctx.activation, ctx.param)
         return dx, *d_affine, _residual_gradient(ctx, dy, dz), *(None,) * 3
 
 
@@ -289,7 +330,7 @@ def _affine_gradients(
     d_weight = d_bias = None
     if weight is not None and ctx.needs_input_grad[1]:
         # dγ/dw is sign(w) with sign(0) = +1; the signed scale grows with w everywhere.
-        d_weight = sum_dz_xhat if ctx.options[3] else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
+        d_weight = sum_dz_xhat if ctx.signed_scale else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
         d_weight = d_weight.to(weight.dtype)
     if bias is not None and ctx.needs_input_grad[2]:
         d_bias = sum_dz.to(bias.dtype)
@@ -299,7 +340,7 @@ def _affine_gradients(
 def _residual_gradient(ctx: Any, dy: Tensor, dz: Tensor | None) -> Tensor | None:
     if not ctx.needs_input_grad[3]:
         return None
-    return dy if ctx.options[1] == IDENTITY else dz
+    return dy if ctx.activation == IDENTITY else dz
 
 
 class _Normalize(torch.autograd.Function):
@@ -327,10 +368,11 @@ class _Normalize(torch.autograd.Function):
             y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
         ctx.save_for_backward(y, weight, bias, residual, var, count if isinstance(count, Tensor) else None)
         ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
+        _, ctx.activation, ctx.param, ctx.signed_scale = options
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, residual, var, count = ctx.saved_tensors
         count = ctx.count if count is None else count
@@ -344,6 +386,6 @@ class _Normalize(torch.autograd.Function):
                 sums = ctx.peers.add(*sums) if ctx.peers.count > 1 else sums
                 mean_dz, mean_dz_xhat = (total / count for total in sums)
         if want_x or want_residual:
-            want_dz = want_residual and ctx.options[1] != IDENTITY
+            want_dz = want_residual and ctx.activation != IDENTITY
             dx, dz = kernels(y).input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_dz, *recover)
         return dx, d_weight, d_bias, _residual_gradient(ctx, dy, dz), *(None,) * 6

@@ -96,11 +96,13 @@ class ABN(nn.Module):
         """The layer from standard operators alone; also what TorchScript compiles of the in-place layers."""
         momentum: Optional[float] = self.momentum
         tracked = self.num_batches_tracked
-        if self.training and tracked is not None:
+        if self.training and self.track_running_stats and tracked is not None:
             tracked.add_(1)
             if momentum is None:
                 momentum = 1.0 / float(tracked.item())
         mean, var = self.running_mean, self.running_var
+        if self.training and not self.track_running_stats:  # it may be switched off for a while
+            mean = var = None
         bias: Optional[Tensor] = self.bias
         if x.dtype == torch.float64:  # the operator wants one dtype then
             mean = mean.double() if mean is not None else None
@@ -219,12 +221,16 @@ class InPlaceABN(ABN):
     def _arguments(self) -> Any:
         """The functions' arguments from this layer's state, one batch further if in training."""
         momentum: Any = self.momentum
-        if self.training and self.num_batches_tracked is not None:
+        tracking = self.training and self.track_running_stats  # which may be switched off for a while
+        if tracking and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 0.0 if self.num_batches_tracked is None else 1 / self.num_batches_tracked
-        names = ("weight", "bias", "running_mean", "running_var", "eps", "activation", "activation_param")
-        return {name: getattr(self, name) for name in (*names, "inplace", "signed_scale")} | {
+        names = ("weight", "bias", "eps", "activation", "activation_param", "inplace", "signed_scale")
+        uses_running = tracking or not self.training
+        return {name: getattr(self, name) for name in names} | {
+            "running_mean": self.running_mean if uses_running else None,
+            "running_var": self.running_var if uses_running else None,
             "training": self.training or self.running_mean is None,
             "momentum": momentum,
         }

@@ -96,10 +96,19 @@ class Network(nn.Module):
         self.norm = norm
         self.num_features = self.head_hidden_size = num_features
         self._make_head(self.num_classes, self._first_pool, **where)
+        self._order_children()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 slope = activation_param if activation == "leaky_relu" else 0.0
                 nn.init.kaiming_normal_(module.weight, slope, mode="fan_out", nonlinearity="leaky_relu")
+
+    def _order_children(self) -> None:
+        """Register the pooling behind the stem, where it runs: tools cut networks by the order of their children."""
+        names = [name for name in self._modules if name != "maxpool"]
+        names.insert(names.index("layer1"), "maxpool")
+        modules = {name: self._modules[name] for name in names}
+        self._modules.clear()
+        self._modules.update(modules)
 
     def _make_head(self, num_classes: int, global_pool: str, device: Any = None, dtype: Any = None) -> None:
         self.num_classes = num_classes

@@ -11,7 +11,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.legacy import to_current
+from ..checkpoints.legacy import is_legacy, to_current
 from ..layers import ABN, InPlaceABN
 
 _logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ def fit(
         raise CheckpointError("these weights do not belong to this network: " + "; ".join(problems))
     if unsigned is not None:
         _check_scales(given, model, unsigned)
+    elif not is_legacy(state_dict):
+        _warn_of_negative_scales(given, model)
     return given
 
 
@@ -108,6 +110,23 @@ def _check_scales(given: Mapping[str, Tensor], model: nn.Module, unsigned: bool)
                     f"these weights were trained with the scale {trained}, and {name} would read its negative scales "
                     f"as {reads}: leave norm_layer and signed_scale as the checkpoint has them"
                 )
+
+
+def _warn_of_negative_scales(given: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Weights of unknown origin may be those of a standard BatchNorm, which the default scale would read otherwise."""
+    layers = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, InPlaceABN) and not layer.signed_scale and f"{name}.weight" in given
+        if bool((given[f"{name}.weight"] < 0).any())
+    ]
+    if layers:
+        _logger.warning(
+            "%d layers have negative scales, which the network reads as |w| + eps (%s): if the weights come from a "
+            "network with standard BatchNorm, create it with signed_scale=True",
+            len(layers),
+            _list(layers),
+        )
 
 
 def _list(names: Iterable[str]) -> str:

@@ -1,7 +1,9 @@
 """Weights load exactly, from every file that people have, or not at all."""
 
+import argparse
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -232,3 +234,61 @@ def test_missing_file_is_named(tmp_path):
 def test_model_without_weights_says_so():
     with pytest.raises(CheckpointError, match=r"no weights are published for resnet18_iabn: pass pretrained=False"):
         iabn_hub.create_model("resnet18_iabn", pretrained=True)
+
+
+WRAPPERS = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "data parallel": lambda name: f"module.{name}",
+    "compiled in data parallel": lambda name: f"module._orig_mod.{name}",
+    "data parallel, compiled": lambda name: f"_orig_mod.module.{name}",
+    "averaged data parallel": lambda name: f"module.module.{name}",
+    "one stage compiled": lambda name: name.replace("layer2.", "layer2._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_of_wrappers_are_removed(wrapper, tmp_path):
+    network = iabn_hub.create_model("test_resnet_iabn", num_classes=3)
+    state = {WRAPPERS[wrapper](name): value for name, value in network.state_dict().items()}
+    torch.save({"state_dict": {**state, "n_averaged": torch.tensor(3)}}, tmp_path / "x.pth")
+    loaded = iabn_hub.create_model("test_resnet_iabn", checkpoint=tmp_path / "x.pth", num_classes=3)
+    assert all(value.equal(network.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [np.float64(71.5), np.float32(0.1), np.int64(3), np.bool_(True), argparse.Namespace(lr=0.1, best=np.float64(2))],
+    ids=["float64", "float32", "int64", "bool", "options"],
+)
+def test_plain_values_beside_the_weights_are_read(beside, tmp_path):
+    network = iabn_hub.create_model("test_resnet_iabn")
+    torch.save({"state_dict": network.state_dict(), "beside": beside}, tmp_path / "x.pth")
+    loaded = iabn_hub.create_model("test_resnet_iabn", checkpoint=tmp_path / "x.pth")
+    assert loaded.conv1.weight.equal(network.conv1.weight)
+
+
+def negative_scales(path, legacy=False):
+    network = a_small_network()
+    for name, value in network.state_dict().items():
+        if name.endswith("bn1.weight"):
+            value.neg_()
+    if legacy:
+        return save_legacy(path, network)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_negative_scales_of_unknown_origin_are_reported(tmp_path, caplog):
+    path = negative_scales(tmp_path / "x.pth")
+    iabn_hub.create_model("test_resnet_iabn", checkpoint=path, num_classes=CLASSES)
+    assert "layers have negative scales, which the network reads as |w| + eps" in caplog.text
+    assert "create it with signed_scale=True" in caplog.text
+
+
+def test_negative_scales_of_known_origin_are_not(tmp_path, caplog):
+    for options in ({"signed_scale": True}, {"norm_layer": "abn"}):
+        path = negative_scales(tmp_path / "x.pth")
+        iabn_hub.create_model("test_resnet_iabn", checkpoint=path, num_classes=CLASSES, **options)
+    path = negative_scales(tmp_path / "x.pth.tar", legacy=True)  # trained with |w| + eps
+    iabn_hub.create_model("test_resnet_iabn", checkpoint=path, num_classes=CLASSES)
+    assert "negative scales" not in caplog.text

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
 
 import iabn_hub
 from iabn_hub import ABN, InPlaceABN, InPlaceABNSync
@@ -153,3 +154,22 @@ def test_listing_with_weights_has_tags():
     names = iabn_hub.list_models(pretrained=True)
     assert "resnext101_iabn.lr_512_in1k" in names
     assert "resnet18_iabn" in iabn_hub.list_models()
+
+
+@pytest.mark.parametrize("name", ["test_resnet_iabn", "resnext50_iabn", "wider_resnet16_iabn", "densenet121_iabn"])
+def test_children_are_registered_in_the_order_they_run(name):
+    torch.manual_seed(0)
+    network = iabn_hub.create_model(name, num_classes=3).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = network.forward_features(images.clone())
+        found = torch.nn.Sequential(*list(network.children())[:-2])(images)
+    torch.testing.assert_close(found, expected)
+
+
+def test_children_in_order_serve_torchvisions_getter():
+    network = iabn_hub.create_model("test_resnet_iabn", num_classes=0).eval()
+    getter = IntermediateLayerGetter(network, {"layer1": "a", "layer4": "b"})
+    with torch.no_grad():
+        maps = getter(torch.randn(1, 3, 64, 64))
+    assert [tuple(maps[key].shape[1:]) for key in "ab"] == [(24, 16, 16), (96, 2, 2)]

@@ -1,0 +1,88 @@
+"""What other code does to the layer is computed as in BatchNorm, or refused by name; never wrong in silence."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from iabn_hub import ABN, InPlaceABN, InPlaceABNSync
+
+LAYERS = [ABN, InPlaceABN, InPlaceABNSync]
+
+
+@pytest.mark.parametrize("cls", [InPlaceABN, InPlaceABNSync])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "alone"])
+def test_a_second_derivative_is_refused_at_once(cls, training, joined):
+    layer, conv = cls(3).train(training), nn.Conv2d(2, 3, 3)
+    images = torch.randn(3, 2, 6, 6, requires_grad=True)
+    shortcut = torch.randn(3, 3, 4, 4, requires_grad=True) if joined else None
+    y = layer(conv(images), shortcut)
+    with pytest.raises(RuntimeError, match=r"has no second derivative, which create_graph=True .* use ABN"):
+        torch.autograd.grad(y.sum(), images, create_graph=True)
+    y = layer(conv(images), shortcut)
+    assert torch.autograd.grad(y.square().sum(), images)[0].isfinite().all()
+
+
+def test_standard_abn_has_a_second_derivative():
+    layer, x = ABN(2, activation="elu").double(), torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x * 1), (x,))
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_stand_still_while_tracking_is_off(cls, momentum):
+    ours, theirs = cls(3, momentum=momentum, activation="identity"), nn.BatchNorm1d(3, momentum=momentum)
+    for training, tracking in ((True, True), (True, False), (False, False), (True, True), (False, True)):
+        x = torch.randn(4, 3, 5) * 2 + 1
+        results = []
+        for layer in (ours, theirs):
+            layer.train(training)
+            layer.track_running_stats = tracking
+            results.append(layer(x.clone()))
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+        for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers()):
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+VIEWS = {
+    "chunk": lambda x: x.chunk(2, 1)[0],
+    "split": lambda x: x.split([4, 4], 1)[1],
+    "unbind": lambda x: x.view(2, 2, 4, *x.shape[2:]).unbind(1)[0],
+    "view of a chunk": lambda x: x.chunk(2, 1)[0][:, :, 1:],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_view_that_autograd_protects_is_not_overwritten(view, training):
+    layer = InPlaceABN(4).train(training)
+    twin = copy.deepcopy(layer)
+    twin.inplace = False
+    leaf = torch.randn(2, 8, 6, 6, requires_grad=True)
+    whole = leaf * 1
+    before = whole.detach().clone()
+    y = layer(VIEWS[view](whole))
+    assert torch.equal(whole, before)
+    expected = twin(VIEWS[view](leaf * 1))
+    torch.testing.assert_close(y, expected)
+    gradient = torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad(out, leaf, gradient)[0] for out in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert int(layer.num_batches_tracked) == int(training)
+
+
+def test_a_view_without_gradients_is_overwritten_as_ever():
+    layer = InPlaceABN(4).eval()
+    with torch.no_grad():
+        whole = torch.randn(2, 8, 6, 6)
+        left = whole.chunk(2, 1)[0]
+        assert layer(left) is left
+
+
+def test_a_full_backward_hook_on_the_producer_sees_its_gradient():
+    conv, layer, seen = nn.Conv2d(2, 4, 3), InPlaceABN(4), []
+    conv.register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(grads_out[0]))
+    layer(conv(torch.randn(2, 2, 6, 6, requires_grad=True))).sum().backward()
+    assert seen[0].shape == (2, 4, 4, 4)
