@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 LONGEST_VALUE = 80  # characters of a value that a message shows
@@ -18,7 +19,7 @@ LONGEST_VALUE = 80  # characters of a value that a message shows
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def record_class(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that checks the types of its fields.
 
