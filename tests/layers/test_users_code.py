@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from iabn_hub import ABN, InPlaceABN, InPlaceABNSync
+from iabn_hub import ABN, InPlaceABN, InPlaceABNSync, convert_local, convert_sync
 
 LAYERS = [ABN, InPlaceABN, InPlaceABNSync]
 
@@ -86,3 +87,46 @@ def test_a_full_backward_hook_on_the_producer_sees_its_gradient():
     conv.register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(grads_out[0]))
     layer(conv(torch.randn(2, 2, 6, 6, requires_grad=True))).sum().backward()
     assert seen[0].shape == (2, 4, 4, 4)
+
+
+class Doubled(InPlaceABN):
+    """A layer of somebody's own."""
+
+    def forward(self, x, residual=None):
+        return 2 * super().forward(x, residual)
+
+
+def parametrised():
+    layer = InPlaceABN(4)
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(4), parametrised], ids=["subclass", "parametrised"])
+def test_layers_of_other_classes_are_synchronised_and_back(make):
+    layer = make()
+    x = torch.randn(3, 4, 5)
+    expected = layer(x.clone())
+    there = convert_sync(nn.Sequential(layer))
+    assert isinstance(there[0], InPlaceABNSync)
+    assert isinstance(there[0], type(layer))
+    torch.testing.assert_close(there(x.clone()), expected)
+    back = convert_local(there)
+    assert type(back[0]) is type(layer)
+    torch.testing.assert_close(back(x.clone()), expected)
+
+
+def test_a_shared_layer_stays_shared():
+    layer = InPlaceABN(4)
+    network = convert_sync(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))
+    assert network["a"] is network["b"][0]
+    assert isinstance(network["a"], InPlaceABNSync)
+
+
+def test_a_synchronised_class_of_ones_own_is_not_converted_in_silence(caplog):
+    class Mine(InPlaceABNSync):
+        pass
+
+    network = convert_local(nn.Sequential(Mine(4)))
+    assert isinstance(network[0], Mine)
+    assert "Mine is a synchronised class of its own" in caplog.text
