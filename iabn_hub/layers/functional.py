@@ -272,6 +272,15 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "in-place ABN has no second derivative, which create_graph=True (a gradient penalty) asks for: use "
                 "ABN, which keeps its input and has one (in this package's networks norm_layer='abn')"
             )
+        try:
+            ctx.saved_tensors  # noqa: B018  (reading them is the check)
+        except RuntimeError as e:
+            if "modified by an inplace operation" not in str(e):
+                raise
+            raise RuntimeError(
+                "the output of an InPlaceABN, which its backward pass needs, was overwritten: use inplace=False in "
+                "what follows the layer, such as ReLU(inplace=True); its own activation replaces a ReLU behind it"
+            ) from e
         with torch.no_grad():
             return backward(ctx, *gradients)
 

@@ -334,7 +334,9 @@ def _replaced(module: nn.Module, convert: Callable[[nn.Module], nn.Module], done
 def _to_sync(layer: nn.Module, group: Any) -> nn.Module:
     if not isinstance(layer, InPlaceABN) or isinstance(layer, InPlaceABNSync):
         return layer
-    converted: Any = _sync_class(type(layer)).__new__(_sync_class(type(layer)))
+    original: Any = type(layer)
+    cls = _sync_class(original)
+    converted: Any = cls.__new__(cls)
     converted.__dict__.update(layer.__dict__)
     converted.set_group(group)
     return converted

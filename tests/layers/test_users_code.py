@@ -130,3 +130,18 @@ def test_a_synchronised_class_of_ones_own_is_not_converted_in_silence(caplog):
     network = convert_local(nn.Sequential(Mine(4)))
     assert isinstance(network[0], Mine)
     assert "Mine is a synchronised class of its own" in caplog.text
+
+
+OVERWRITERS = {
+    "relu": nn.ReLU(inplace=True),
+    "dropout": nn.Dropout(0.5, inplace=True),
+    "another layer": InPlaceABN(4, activation="identity"),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITERS)
+def test_an_overwritten_output_is_explained(name):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), InPlaceABN(4), OVERWRITERS[name])
+    y = network(torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="the output of an InPlaceABN, .* was overwritten: use inplace=False"):  # noqa: RUF043
+        y.sum().backward()
