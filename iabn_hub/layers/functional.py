@@ -273,7 +273,7 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "ABN, which keeps its input and has one (in this package's networks norm_layer='abn')"
             )
         try:
-            ctx.saved_tensors  # noqa: B018  (reading them is the check)
+            saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
         except RuntimeError as e:
             if "modified by an inplace operation" not in str(e):
                 raise
@@ -282,7 +282,7 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "what follows the layer, such as ReLU(inplace=True); its own activation replaces a ReLU behind it"
             ) from e
         with torch.no_grad():
-            return backward(ctx, *gradients)
+            return backward(ctx, saved, *gradients)
 
     return call
 
@@ -315,8 +315,8 @@ class _BatchNormalize(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, residual, var = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, residual, var = saved
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
         recover = (weight, bias, residual, *ctx.options)
         want_dz = want_residual and ctx.activation != IDENTITY
@@ -382,8 +382,8 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, residual, var, count = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, residual, var, count = saved
         count = ctx.count if count is None else count
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
         recover = (weight, bias, residual, *ctx.options)
