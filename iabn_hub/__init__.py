@@ -1,8 +1,10 @@
 """Convolutional networks that train in half the memory: in-place activated BatchNorm, and networks built on it.
 
-Importing this package registers its models in timm. It compiles nothing and touches no network.
+Importing this package registers its models in timm, and teaches the tools that replace BatchNorm layers its own
+(`compatibility`). It compiles nothing and touches no network.
 """
 
+from . import compatibility
 from .layers import (
     ABN,
     InPlaceABN,
@@ -18,6 +20,8 @@ from .layers import (
 from .models import create_model, list_models
 
 __version__ = "0.1.0"
+
+compatibility.install()
 
 __all__ = [
     "ABN",

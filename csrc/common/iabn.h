@@ -70,11 +70,19 @@ struct Act {
 
 // ---- formulas of one element or vector; the factors and terms are those of its channel ----------------------------------
 
-// γ of a weight
+// γ of a weight: |w| + eps, or with signed_scale w itself
 template <typename T>
 IABN_HOST_DEVICE T effective_scale(T weight, T eps, bool signed_scale) {
-  T scale = (weight < 0 ? -weight : weight) + eps;
-  return signed_scale && weight < 0 ? -scale : scale;
+  if (signed_scale) return weight;
+  return (weight < 0 ? -weight : weight) + eps;
+}
+
+// 1/γ for the recovery of x̂, which is bounded: nothing of x̂ is left where γ is smaller.
+template <typename T>
+IABN_HOST_DEVICE T inverse_scale(T gamma) {
+  constexpr T smallest = T(1e-5);
+  if (gamma < 0) return 1 / (gamma > -smallest ? -smallest : gamma);
+  return 1 / (gamma < smallest ? smallest : gamma);
 }
 
 // z without a residual, with scale = γ/σ and shift = β

@@ -63,7 +63,7 @@ struct Vectors {
   explicit Vectors(const Affine& affine) {
     for (std::vector<T>* v : {&mean, &scale, &shift, &inverse, &offset}) v->resize(affine.bias.size());
     for (size_t c = 0; c < scale.size(); ++c) {
-      inverse[c] = usual(1 / affine.gamma(c));
+      inverse[c] = usual(inverse_scale(affine.gamma(c)));
       offset[c] = usual(-affine.bias[c] * inverse[c]);
     }
   }

@@ -46,7 +46,7 @@ struct Recovery {
   A inverse, offset;
 
   IABN_DEVICE Recovery(const AffineVectors& affine, int64_t c)
-      : inverse(1 / gamma_of(affine, c)), offset(-value(affine.bias, c, 0) * inverse) {}
+      : inverse(inverse_scale(gamma_of(affine, c))), offset(-value(affine.bias, c, 0) * inverse) {}
 };
 
 // dx of a channel from dz and z
@@ -58,7 +58,7 @@ struct Gradient {
   IABN_DEVICE Gradient(const AffineVectors& affine, int64_t c, A var, bool centred, A mean_dz, A mean_dz_xhat)
       : scale(scale_of(affine, c, var)), slope(0), intercept(0), centred(centred) {
     if (!centred) return;
-    slope = -scale * mean_dz_xhat / gamma_of(affine, c);
+    slope = -scale * mean_dz_xhat * inverse_scale(gamma_of(affine, c));
     intercept = -scale * mean_dz - value(affine.bias, c, 0) * slope;
   }
   IABN_DEVICE A of(A dz, A z) const { return centred ? gradient_of_x(dz, z, scale, slope, intercept) : dz * scale; }

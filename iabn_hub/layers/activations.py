@@ -14,19 +14,41 @@ INVERTIBLE = {"identity": IDENTITY, "leaky_relu": LEAKY_RELU, "elu": ELU}
 ACTIVATIONS = (*INVERTIBLE, "relu")
 
 
-def invertible_activation(name: str, param: float) -> int:
-    """The number the operators know an activation by, or a ValueError that says what to use instead."""
+def check_activation(name: str, known: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `name` is one of `known`."""
+    if name == "none":
+        raise ValueError("activation 'none' is called 'identity'")
+    if name not in known:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(known)}")
+
+
+def activation_number(name: str, param: float, invertible: bool = True) -> int:
+    """The number the operators know an activation by.
+
+    Args:
+        invertible: a gradient is needed; a slope or an alpha of 0 will do otherwise.
+
+    Raises:
+        ValueError: the activation is unknown, or cannot be undone. Says what to use instead.
+    """
     if name == "relu":
         raise ValueError(
             "activation 'relu' cannot be inverted: it maps every negative value to 0, so the backward pass could not "
             "recover its input. Use 'leaky_relu' (a slope of 0.01 is the usual choice), 'elu' or 'identity', "
             "or ABN, which keeps its input and accepts 'relu'"
         )
-    if name not in INVERTIBLE:
-        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(INVERTIBLE)}")
-    if name != "identity" and not 0 < param < math.inf:
-        what = "negative slope" if name == "leaky_relu" else "alpha"
-        raise ValueError(f"activation_param is {param}: the {what} of {name} must be positive, or it has no inverse")
+    check_activation(name, tuple(INVERTIBLE))
+    if name == "identity":
+        return INVERTIBLE[name]
+    what = "negative slope" if name == "leaky_relu" else "alpha"
+    if not 0 <= param < math.inf:
+        raise ValueError(f"activation_param is {param}: the {what} of {name} must be positive")
+    if invertible and param == 0:
+        raise ValueError(
+            f"activation_param is 0, and {name} with a {what} of 0 cannot be inverted: it maps every negative value to "
+            "0, so the backward pass could not recover its input. Without a gradient (eval mode under torch.no_grad) "
+            "the layer runs. To train, use activation_param=0.01, or ABN, which keeps its input"
+        )
     return INVERTIBLE[name]
 
 

@@ -6,19 +6,17 @@ CVPR 2018; the backward pass is the paper's "InPlace-ABN II" (section 3), which 
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import distributed, ops, reference
-from .activations import IDENTITY, gradient, invertible_activation
-from .backends.loading import chosen_backend, use_native
-
-_logger = logging.getLogger(__name__)
+from . import distributed, reference
+from .activations import activation_number
+from .autograd import BatchNormalize, Normalize, kernels
+from .overwriting import may_overwrite
+from .standard import batch_norm_act
 
 
 def inplace_abn(
@@ -36,15 +34,17 @@ def inplace_abn(
     residual: Tensor | None = None,
     inplace: bool = True,
     signed_scale: bool = False,
+    keep_input: bool | Tensor = False,
 ) -> Tensor:
     """Batch normalisation, an optional residual join, and an invertible activation; keeps only its output.
 
     Computes ``y = act(γ·(x - μ)/sqrt(σ² + eps) + β [+ residual])`` per channel, where γ is ``|weight| + eps``
-    and β is ``bias``. For the backward pass it keeps y (and the residual, by reference), never x.
+    and β is ``bias``. For the backward pass it keeps y (and the residual, by reference), not x.
 
     Args:
         x: shape (N, C) or (N, C, *), float16, bfloat16, float32 or float64, any strides. Overwritten with the
-            result unless ``inplace=False``.
+            result unless ``inplace=False``, or unless that would do harm (x is a leaf that requires a gradient, a
+            view that autograd protects, the input of a checkpointed part, …), or in compiled code.
         weight: shape (C,), or None for γ = 1. May be of another floating dtype than x.
         bias: shape (C,), or None for β = 0.
         running_mean, running_var: shape (C,), used in eval mode; in training updated in place with
@@ -53,17 +53,19 @@ def inplace_abn(
         momentum: weight of this batch in the running statistics, a number or a tensor of one element.
         eps: added to the variance and to the scale.
         activation: ``leaky_relu``, ``elu`` or ``identity``.
-        activation_param: negative slope of leaky_relu, alpha of elu; positive.
+        activation_param: negative slope of leaky_relu, alpha of elu; positive, or 0 where no gradient is needed.
         residual: same shape as x, any floating dtype; added before the activation. Not overwritten.
         inplace: False writes the result to a new tensor and leaves x alone; what is kept stays the same.
-        signed_scale: γ is ``sign(weight)·(|weight| + eps)``, so that weights of a standard BatchNorm fit.
+        signed_scale: γ is ``weight`` itself, so that weights of a standard BatchNorm fit.
+        keep_input: keep x for the backward pass as well, and take x̂ from it: True, or indices (K,) of the channels
+            to do so for. What y tells of x̂ has an error of about ulp(y)/(2·|γ|), which is too much where γ is near 0.
 
     Returns:
-        y, with shape and dtype of x: x itself when ``inplace``.
+        y, with shape and dtype of x: x itself where that was overwritten.
 
     Raises:
-        ValueError: wrong shapes, one value per channel in training, an activation without an inverse,
-            or eval mode without running statistics.
+        ValueError: wrong shapes, one value per channel in training, an activation without an inverse where a
+            gradient is needed, or eval mode without running statistics.
         TypeError: x is not of a floating dtype.
 
     Example:
@@ -75,7 +77,7 @@ def inplace_abn(
     """
     return _forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
-        residual, inplace, signed_scale, distributed.ALONE,
+        residual, inplace, signed_scale, keep_input, distributed.ALONE,
     )  # fmt: skip
 
 
@@ -95,6 +97,7 @@ def inplace_abn_sync(
     residual: Tensor | None = None,
     inplace: bool = True,
     signed_scale: bool = False,
+    keep_input: bool | Tensor = False,
 ) -> Tensor:
     """`inplace_abn` with batch statistics over all processes of a group.
 
@@ -108,7 +111,7 @@ def inplace_abn_sync(
     """
     return _forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
-        residual, inplace, signed_scale, distributed.Peers.of(group) if training else distributed.ALONE,
+        residual, inplace, signed_scale, keep_input, distributed.Peers.of(group) if training else distributed.ALONE,
     )  # fmt: skip
 
 
@@ -126,64 +129,100 @@ def _forward(
     residual: Tensor | None,
     inplace: bool,
     signed_scale: bool,
+    keep_input: bool | Tensor,
     peers: distributed.Peers,
 ) -> Tensor:
-    act = invertible_activation(activation, activation_param)
-    if inplace and _autograd_refuses(x):
-        _hint_at_new_tensor()
-        inplace = False
-    _check(x, residual, inplace, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    with_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    )
+    act = activation_number(activation, activation_param, invertible=with_gradient)
+    _check(x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("eval mode needs running_mean and running_var; pass training=True to use the batch instead")
+    if _needs_standard_operators(x, weight, bias, residual):
+        if training and peers.count > 1:
+            raise RuntimeError("a synchronised layer in training cannot be traced or transformed: use eval mode")
+        scale = None if weight is None else reference.effective_scale(weight, eps, signed_scale)
+        return batch_norm_act(
+            x, scale, bias, running_mean, running_var, training, float(momentum), eps, activation, activation_param,
+            residual,
+        )  # fmt: skip
     if residual is not None:
         residual = residual.to(x.dtype)
-
+    count: int | Tensor | None = None
+    if training:
+        count = x.numel() // max(1, x.size(1))  # per channel
+        if count == 1 and peers.count == 1:
+            raise one_value_per_channel(x)
     options = (eps, act, activation_param, signed_scale)
-    values = x.numel() // max(1, x.size(1))  # per channel
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError(
-                "eval mode needs running_mean and running_var; pass training=True to use the batch instead"
-            )
-        # Copies of (C,): the running statistics may move on before the backward pass.
-        mean, var = running_mean.clone(), running_var.clone()
-        given: Tensor = _Normalize.apply(x, weight, bias, residual, mean, var, None, options, inplace, peers)
-        return given
-    if values == 1 and peers.count == 1:
-        raise one_value_per_channel(x)
+    keep = _channels_to_keep(x, keep_input) if with_gradient else None
+    everything = keep is not None and keep.numel() == x.size(1)  # then x is kept as it is
+    inplace = inplace and not everything and may_overwrite(x, residual)
+
+    alone_in_training = training and peers.count == 1 and not torch.compiler.is_compiling()
     y: Tensor
-    count: int | Tensor = values
-    if peers.count == 1 and not torch.compiler.is_compiling():
+    if alone_in_training and keep is None:
         # autograd lets a function that overwrites a view return one tensor only: the statistics come out in a list.
         found: list[Tensor] = []
-        y = _BatchNormalize.apply(x, weight, bias, residual, options, inplace, found)
-        mean, var = found
+        if with_gradient:
+            y = BatchNormalize.apply(x, weight, bias, residual, options, inplace, found)
+            mean, var = found
+        elif inplace:
+            mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
+            y = _overwritten(x)
+        else:
+            y, mean, var = kernels(x).batch_normalize(x, weight, bias, residual, *options)
     else:
-        with torch.no_grad():
-            mean, var = kernels(x).statistics(x.detach())
-            if peers.count > 1:
-                mean, var, count = peers.merge_statistics(mean, var, values)
-        y = _Normalize.apply(x, weight, bias, residual, mean, var, count, options, inplace, peers)
-    if running_mean is not None and running_var is not None:
+        if running_mean is not None and running_var is not None and not training:
+            # Copies of (C,), if a backward pass follows: the running statistics may move on before it.
+            mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
+        else:
+            with torch.no_grad():
+                mean, var = kernels(x).statistics(x.detach())
+                if peers.count > 1:
+                    mean, var, count = peers.merge_statistics(mean, var, int(count or 0))
+        if with_gradient:
+            y = Normalize.apply(x, weight, bias, residual, mean, var, count, options, inplace, peers, keep)
+        elif inplace:
+            kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
+            y = _overwritten(x)
+        else:
+            y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
+    if training and count is not None and running_mean is not None and running_var is not None:
         with torch.no_grad():
             _track(running_mean, running_var, mean, var, count, momentum)
     return y
 
 
-def kernels(x: Tensor) -> Any:
-    """The operators for the device of x; while a compiler is tracing, the formulas behind them, so that it can fuse."""
+def _needs_standard_operators(*tensors: Tensor | None) -> bool:
+    """Whether an exporter, a tracer or a transform is at work, which the layer's own operators have no rules for."""
     if torch.compiler.is_compiling():
-        return reference
-    if chosen_backend() == "reference":
-        return reference
-    if use_native(x.device.type).backend == "inductor":
-        from .backends import inductor  # noqa: PLC0415  (it loads torch's compiler)
-
-        return inductor
-    return ops
+        return torch.compiler.is_exporting()
+    if torch._C._get_tracing_state() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
-def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor | None) -> None:
+def _overwritten(x: Tensor) -> Tensor:
+    """x, after an operator has written to it unseen by autograd."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+    return x
+
+
+def _channels_to_keep(x: Tensor, keep_input: bool | Tensor) -> Tensor | None:
+    if isinstance(keep_input, Tensor):
+        return keep_input
+    return torch.arange(x.size(1), device=x.device) if keep_input else None
+
+
+def _check(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None:
     if not x.is_floating_point():
         raise TypeError(f"the input must be of a floating dtype, got {x.dtype}")
+    if torch._C._get_tracing_state():
+        return  # comparing sizes would bind the trace to them
     if x.dim() < 2:
         raise ValueError(f"the input must be (N, C) or (N, C, *), got shape {tuple(x.shape)}")
     for name, vector in vectors.items():
@@ -193,47 +232,6 @@ def _check(x: Tensor, residual: Tensor | None, inplace: bool, **vectors: Tensor 
             )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}: they must be equal")
-    if inplace and residual is not None and _starts_where(residual, x):
-        raise ValueError("residual is the input, which the layer overwrites but still needs: use inplace=False")
-    if inplace:
-        _check_overwritable(x)
-
-
-@functools.cache
-def _hint_at_new_tensor() -> None:
-    _logger.info(
-        "an input of in-place ABN is a view that autograd does not let be overwritten (from chunk, split or unbind, or "
-        "behind a full backward hook): the layer writes a new tensor, and saves no more for the backward pass"
-    )
-
-
-def _autograd_refuses(x: Tensor) -> bool:
-    """Whether x is a view that autograd would refuse to see overwritten, after it has been."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x._is_view():
-        return False
-    autograd: Any = torch._C._autograd
-    refuses: bool = autograd._get_creation_meta(x) != autograd.CreationMeta.DEFAULT
-    return refuses
-
-
-def _check_overwritable(x: Tensor) -> None:
-    """Refuse what autograd would refuse as well, but only after the input is lost."""
-    base = x if x._base is None else x._base
-    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
-        raise ValueError("the input is a leaf that requires a gradient and cannot be overwritten: use inplace=False")
-    if torch.compiler.is_compiling():
-        return
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError("the input was made in inference mode and cannot be overwritten outside: use inplace=False")
-    if torch._debug_has_internal_overlap(x) == 1:
-        raise ValueError("elements of the input share memory, as after expand(): use inplace=False or clone it")
-
-
-def _starts_where(a: Tensor, b: Tensor) -> bool:
-    if a is b or torch.compiler.is_compiling():
-        return a is b
-    shared: bool = torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
-    return shared and int(a.storage_offset()) == int(b.storage_offset())
 
 
 def one_value_per_channel(x: Tensor) -> ValueError:
@@ -260,141 +258,3 @@ def _track(
             running.add_((batch * share).to(running.dtype))
         else:
             running.add_(batch, alpha=share)
-
-
-def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a second derivative at once; autograd would leave out what goes through the statistics."""
-
-    @functools.wraps(backward)
-    def call(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise RuntimeError(
-                "in-place ABN has no second derivative, which create_graph=True (a gradient penalty) asks for: use "
-                "ABN, which keeps its input and has one (in this package's networks norm_layer='abn')"
-            )
-        try:
-            saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
-        except RuntimeError as e:
-            if "modified by an inplace operation" not in str(e):
-                raise
-            raise RuntimeError(
-                "the output of an InPlaceABN, which its backward pass needs, was overwritten: use inplace=False in "
-                "what follows the layer, such as ReLU(inplace=True); its own activation replaces a ReLU behind it"
-            ) from e
-        with torch.no_grad():
-            return backward(ctx, saved, *gradients)
-
-    return call
-
-
-class _BatchNormalize(torch.autograd.Function):
-    """A training step of one process: from x to y and its statistics, whose part in the gradient is in that of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        options: tuple[float, int, float, bool],
-        inplace: bool,
-        found: list[Tensor],
-    ) -> Tensor:
-        if inplace:
-            mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
-            ctx.mark_dirty(x)
-            y = x
-        else:
-            y, mean, var = kernels(x).batch_normalize(x, weight, bias, residual, *options)
-        found.extend((mean, var))
-        ctx.save_for_backward(y, weight, bias, residual, var)
-        ctx.options = options
-        _, ctx.activation, ctx.param, ctx.signed_scale = options
-        return y
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, residual, var = saved
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        recover = (weight, bias, residual, *ctx.options)
-        want_dz = want_residual and ctx.activation != IDENTITY
-        dx = dz = None
-        d_affine: tuple[Tensor | None, Tensor | None] = (None, None)
-        if want_x:
-            dx, dz, *sums = kernels(y).batch_gradient(y, dy, var, want_dz, *recover)
-            d_affine = _affine_gradients(ctx, weight, bias, *sums)
-        else:  # a frozen producer
-            if want_weight or want_bias:
-                d_affine = _affine_gradients(ctx, weight, bias, *kernels(y).gradient_sums(y, dy, *recover))
-            if want_dz:
-                dz = gradient(y, dy, ctx.activation, ctx.param)
-        return dx, *d_affine, _residual_gradient(ctx, dy, dz), *(None,) * 3
-
-
-def _affine_gradients(
-    ctx: Any, weight: Tensor | None, bias: Tensor | None, sum_dz: Tensor, sum_dz_xhat: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    d_weight = d_bias = None
-    if weight is not None and ctx.needs_input_grad[1]:
-        # dγ/dw is sign(w) with sign(0) = +1; the signed scale grows with w everywhere.
-        d_weight = sum_dz_xhat if ctx.signed_scale else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
-        d_weight = d_weight.to(weight.dtype)
-    if bias is not None and ctx.needs_input_grad[2]:
-        d_bias = sum_dz.to(bias.dtype)
-    return d_weight, d_bias
-
-
-def _residual_gradient(ctx: Any, dy: Tensor, dz: Tensor | None) -> Tensor | None:
-    if not ctx.needs_input_grad[3]:
-        return None
-    return dy if ctx.activation == IDENTITY else dz
-
-
-class _Normalize(torch.autograd.Function):
-    """From x and given statistics to y: those of eval mode (`count` None), or of `count` values per channel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        count: int | Tensor | None,
-        options: tuple[float, int, float, bool],
-        inplace: bool,
-        peers: distributed.Peers,
-    ) -> Tensor:
-        if inplace:
-            kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
-            ctx.mark_dirty(x)
-            y = x
-        else:
-            y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
-        ctx.save_for_backward(y, weight, bias, residual, var, count if isinstance(count, Tensor) else None)
-        ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
-        _, ctx.activation, ctx.param, ctx.signed_scale = options
-        return y
-
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, residual, var, count = saved
-        count = ctx.count if count is None else count
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        recover = (weight, bias, residual, *ctx.options)
-        d_weight = d_bias = dx = dz = mean_dz = mean_dz_xhat = None
-        if want_weight or want_bias or (want_x and count is not None):
-            sums = kernels(y).gradient_sums(y, dy, *recover)
-            d_weight, d_bias = _affine_gradients(ctx, weight, bias, *sums)
-            if want_x and count is not None:
-                sums = ctx.peers.add(*sums) if ctx.peers.count > 1 else sums
-                mean_dz, mean_dz_xhat = (total / count for total in sums)
-        if want_x or want_residual:
-            want_dz = want_residual and ctx.activation != IDENTITY
-            dx, dz = kernels(y).input_gradient(y, dy, var, mean_dz, mean_dz_xhat, want_dz, *recover)
-        return dx, d_weight, d_bias, _residual_gradient(ctx, dy, dz), *(None,) * 6

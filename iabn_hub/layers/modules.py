@@ -4,21 +4,24 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
 
-from .activations import ACTIVATIONS, invertible_activation
+from .activations import ACTIVATIONS, activation_number, check_activation
+from .degenerate import RENEWAL, can_look, unrecoverable_channels
 from .distributed import Peers
 from .functional import inplace_abn, inplace_abn_sync
 from .reference import effective_scale
+from .standard import batch_norm_act
 
 _logger = logging.getLogger(__name__)
 
 
-class ABN(nn.Module):
+class ABN(_BatchNorm):
     """A standard BatchNorm followed by its activation, in one module: `y = act(BN(x) [+ residual])`.
 
     The scale is `weight` itself, as in `torch.nn.BatchNorm2d`. Use it for checkpoints trained with standard
@@ -37,10 +40,10 @@ class ABN(nn.Module):
         ValueError: unknown activation; at call time, one value per channel in training.
     """
 
-    _version = 2  # 2: num_batches_tracked
-    num_batches_tracked: Optional[Tensor]
-    running_mean: Optional[Tensor]
-    running_var: Optional[Tensor]
+    # A _BatchNorm, so that tools that look for one find it: update_bn and precise BN renew its statistics, optimizers
+    # spare its parameters weight decay, FSDP keeps it in float32. `compatibility` takes care of those that replace it.
+
+    _running_stats_frozen: bool = False
 
     def __init__(
         self,
@@ -52,107 +55,67 @@ class ABN(nn.Module):
         activation: str = "leaky_relu",
         activation_param: float = 0.01,
         *,
+        slope: None = None,
         device: Any = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = track_running_stats
+        if slope is not None:
+            raise TypeError(f"slope={slope} is called activation_param={slope}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.activation = activation
         self.activation_param = activation_param
         self._check_activation()
-        where: Dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_features, **where)) if affine else None
-        self.bias = nn.Parameter(torch.empty(num_features, **where)) if affine else None
-        if track_running_stats:
-            self.register_buffer("running_mean", torch.empty(num_features, **where))
-            self.register_buffer("running_var", torch.empty(num_features, **where))
-            self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long, device=device))
-        else:
-            self.running_mean = self.running_var = self.num_batches_tracked = None
-        self.reset_parameters()
 
     def _check_activation(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        check_activation(self.activation, ACTIVATIONS)
 
     @torch.jit.unused
-    def reset_running_stats(self) -> None:
-        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
+    def freeze_running_stats(self, frozen: bool = True) -> None:
+        """Normalise with the running statistics, and leave them alone, in training as well; False ends that."""
+        self._running_stats_frozen = frozen
+        self.training = self.training and not frozen
 
-    @torch.jit.unused
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self._running_stats_frozen)
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         """act(BN(x) [+ residual]) as a new tensor; x and residual (N, C, *) of one shape."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if isinstance(x, fx.Proxy):
+                return self._traced(x, residual)
+            self._check_shapes(x, residual)
         return self._standard(x, residual, self.weight)
+
+    @torch.jit.unused
+    def _traced(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+        """A node of its own in a graph of torch.fx, like the layers of torch.nn."""
+        tracer: Any = x.tracer  # type: ignore[attr-defined]
+        arguments = (x,) if residual is None else (x, residual)
+        node: Any = tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
+        return node
+
+    @torch.jit.unused
+    def _check_shapes(self, x: Tensor, residual: Optional[Tensor]) -> None:
+        if residual is not None and not torch._C._get_tracing_state() and residual.shape != x.shape:
+            raise ValueError(f"residual has shape {residual.shape}, the input {x.shape}: they must be equal")
 
     def _standard(self, x: Tensor, residual: Optional[Tensor], scale: Optional[Tensor]) -> Tensor:
         """The layer from standard operators alone; also what TorchScript compiles of the in-place layers."""
         momentum: Optional[float] = self.momentum
         tracked = self.num_batches_tracked
-        if self.training and self.track_running_stats and tracked is not None:
+        tracking = self.training and self.track_running_stats  # which may be switched off for a while
+        if momentum is None:
+            momentum = 1.0 / (float(tracked.item()) + 1.0) if tracking and tracked is not None else 0.0
+        uses_running = tracking or not self.training
+        mean = self.running_mean if uses_running else None
+        var = self.running_var if uses_running else None
+        y = batch_norm_act(
+            x, scale, self.bias, mean, var, self.training or mean is None, momentum, self.eps, self.activation,
+            self.activation_param, residual,
+        )  # fmt: skip
+        if tracking and tracked is not None:
             tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(tracked.item())
-        mean, var = self.running_mean, self.running_var
-        if self.training and not self.track_running_stats:  # it may be switched off for a while
-            mean = var = None
-        bias: Optional[Tensor] = self.bias
-        if x.dtype == torch.float64:  # the operator wants one dtype then
-            mean = mean.double() if mean is not None else None
-            var = var.double() if var is not None else None
-            scale = scale.double() if scale is not None else None
-            bias = bias.double() if bias is not None else None
-        training = self.training or mean is None
-        y = F.batch_norm(x, mean, var, scale, bias, training, 0.0 if momentum is None else momentum, self.eps)
-        if self.training and mean is not None and var is not None:
-            self._set_running_stats(mean, var)
-        if residual is not None:
-            if residual.shape != x.shape:
-                raise ValueError(f"residual has shape {residual.shape}, the input {x.shape}: they must be equal")
-            y = y + residual.to(y.dtype)
-        if self.activation == "relu":
-            return F.relu(y, inplace=True)
-        if self.activation == "leaky_relu":
-            return F.leaky_relu(y, self.activation_param, inplace=True)
-        if self.activation == "elu":
-            return F.elu(y, self.activation_param, inplace=True)
         return y
-
-    def _set_running_stats(self, mean: Tensor, var: Tensor) -> None:
-        running_mean, running_var = self.running_mean, self.running_var
-        if running_mean is not None and running_var is not None and running_mean.dtype != mean.dtype:
-            running_mean.copy_(mean)
-            running_var.copy_(var)
-
-    @torch.jit.unused
-    def _load_from_state_dict(
-        self,
-        state_dict: Dict[str, Any],
-        prefix: str,
-        local_metadata: Dict[str, Any],
-        strict: bool,
-        missing_keys: List[str],
-        unexpected_keys: List[str],
-        error_msgs: List[str],
-    ) -> None:
-        key = prefix + "num_batches_tracked"
-        if self.num_batches_tracked is not None and (local_metadata.get("version") or 1) < 2 and key not in state_dict:
-            state_dict[key] = torch.zeros((), dtype=torch.long)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
     def extra_repr(self) -> str:
         parameter = f"[{self.activation_param}]" if self.activation in ("leaky_relu", "elu") else ""
@@ -169,8 +132,11 @@ class InPlaceABN(ABN):
     `|weight| + eps` (the published checkpoints need it), and in refusing 'relu', which has no inverse.
 
     Args:
-        signed_scale: the scale is `sign(weight)·(|weight| + eps)`: weights of a standard BatchNorm load unchanged.
-        inplace: False leaves the input alone and writes a new tensor; what is kept stays the same.
+        signed_scale: the scale is `weight` itself, as in `inplace_abn`: weights of a standard BatchNorm load unchanged.
+        inplace: overwrite the input in training; False writes a new tensor, and what is kept stays the same. In eval
+            mode the layer always writes a new tensor, so that hooks see what a convolution returned.
+        keep_input: keep the input of channels whose scale is too near 0 to recover x̂ from the output: 'auto' looks at
+            the first batch, and again every hundred updates of the weight; True keeps it all, False none of it.
         num_features, eps, momentum, affine, track_running_stats, activation, activation_param: as in `ABN`.
 
     Example:
@@ -180,6 +146,10 @@ class InPlaceABN(ABN):
         >>> norm(conv(torch.randn(2, 3, 16, 16))).shape
         torch.Size([2, 8, 16, 16])
     """
+
+    keep_input: Union[bool, str] = "auto"
+    _kept_channels: Any = False
+    _looked_at: Any = (0,)
 
     def __init__(
         self,
@@ -193,23 +163,30 @@ class InPlaceABN(ABN):
         *,
         signed_scale: bool = False,
         inplace: bool = True,
+        keep_input: Union[bool, str] = "auto",
+        slope: None = None,
         device: Any = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, activation, activation_param,
-            device=device, dtype=dtype,
+            slope=slope, device=device, dtype=dtype,
         )  # fmt: skip
+        if keep_input not in (True, False, "auto"):
+            raise ValueError(f"keep_input is {keep_input!r}: choose True, False or 'auto'")
         self.signed_scale = signed_scale
         self.inplace = inplace
+        self.keep_input = keep_input
 
     def _check_activation(self) -> None:
-        invertible_activation(self.activation, self.activation_param)
+        activation_number(self.activation, self.activation_param, invertible=False)
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """act(γ·x̂ + β [+ residual]), (N, C, *) like x and residual; x is overwritten if `self.inplace`."""
+        """act(γ·x̂ + β [+ residual]), (N, C, *) like x and residual; x is overwritten if `inplace`, in training."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._standard(x, residual, self._scale())
+        if isinstance(x, fx.Proxy):
+            return self._traced(x, residual)
         return self._in_place(x, residual)
 
     def _scale(self) -> Optional[Tensor]:
@@ -220,25 +197,52 @@ class InPlaceABN(ABN):
 
     @torch.jit.unused
     def _in_place(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
-        return inplace_abn(x, residual=residual, **self._arguments())
+        return self._counted(inplace_abn(x, residual=residual, **self._arguments(x, residual)))
 
     @torch.jit.unused
-    def _arguments(self) -> Any:
-        """The functions' arguments from this layer's state, one batch further if in training."""
+    def _counted(self, y: Tensor) -> Tensor:
+        """Count the batch that became y, which is not done before: a refused one must not count."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
+
+    @torch.jit.unused
+    def _arguments(self, x: Tensor, residual: Optional[Tensor]) -> Any:
+        """The functions' arguments from this layer's state."""
         momentum: Any = self.momentum
         tracking = self.training and self.track_running_stats  # which may be switched off for a while
-        if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         if momentum is None:
-            momentum = 0.0 if self.num_batches_tracked is None else 1 / self.num_batches_tracked
-        names = ("weight", "bias", "eps", "activation", "activation_param", "inplace", "signed_scale")
+            momentum = 0.0 if self.num_batches_tracked is None else 1 / (self.num_batches_tracked + 1)
+        names = ("weight", "bias", "eps", "activation", "activation_param", "signed_scale")
         uses_running = tracking or not self.training
         return {name: getattr(self, name) for name in names} | {
             "running_mean": self.running_mean if uses_running else None,
             "running_var": self.running_var if uses_running else None,
             "training": self.training or self.running_mean is None,
             "momentum": momentum,
+            "inplace": self.inplace and self.training,
+            "keep_input": self._channels_to_keep(x, residual) if self.keep_input == "auto" else self.keep_input,
         }
+
+    @torch.jit.unused
+    def _channels_to_keep(self, x: Tensor, residual: Optional[Tensor]) -> Any:
+        """Indices of the channels whose input must be kept, or False, as of the last look at the data."""
+        weight, bias = self.weight, self.bias
+        if weight is None or bias is None or not torch.is_grad_enabled() or not weight.requires_grad:
+            return False
+        if can_look(x) and x.is_floating_point() and not weight.is_inference():
+            looked_at, *of = self._looked_at
+            # Tied to the weight's version: a checkpointed part must decide the same when it runs again.
+            if of != [x.dtype, x.device] or not looked_at <= weight._version < looked_at + RENEWAL:
+                found = unrecoverable_channels(weight, bias, residual, x.dtype, self.eps, self.signed_scale)
+                self._kept_channels = False if found is None else found
+                self._looked_at = (weight._version, x.dtype, x.device)
+        return self._kept_channels
+
+    @torch.jit.unused
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._looked_at = (0,)
 
     def extra_repr(self) -> str:
         extra = (", signed_scale=True" if self.signed_scale else "") + ("" if self.inplace else ", inplace=False")
@@ -265,12 +269,14 @@ class InPlaceABNSync(InPlaceABN):
         *,
         signed_scale: bool = False,
         inplace: bool = True,
+        keep_input: Union[bool, str] = "auto",
+        slope: None = None,
         device: Any = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, activation, activation_param,
-            signed_scale=signed_scale, inplace=inplace, device=device, dtype=dtype,
+            signed_scale=signed_scale, inplace=inplace, keep_input=keep_input, slope=slope, device=device, dtype=dtype,
         )  # fmt: skip
         self.set_group(group)
 
@@ -287,7 +293,8 @@ class InPlaceABNSync(InPlaceABN):
             if peers.count > 1:
                 peers.check_alike(x)
             self._compared = peers.count > 1
-        return inplace_abn_sync(x, residual=residual, group=self.group, **self._arguments())
+        y = inplace_abn_sync(x, residual=residual, group=self.group, **self._arguments(x, residual))
+        return self._counted(y)
 
     @torch.jit.unused
     def __deepcopy__(self, memo: Any) -> "InPlaceABNSync":

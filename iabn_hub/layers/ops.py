@@ -2,7 +2,8 @@
 
 Each operator works channel by channel on tensors of shape (N, C, *). "Accumulate dtype" is float64
 for float64 activations and float32 for all others. The activation is an integer of `activations`,
-and γ is |weight| + eps, or sign(weight)·(|weight| + eps) with `signed_scale` (sign(0) = +1).
+and γ is |weight| + eps, or with `signed_scale` weight itself. The recovery of x̂ divides by γ, but
+by no less than 1e-5.
 `weight` and `bias` of None stand for γ = 1 and β = 0.
 """
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .activations import activate_, gradient, invert
 from .ops import accumulate_dtype, lib
 
+SMALLEST_DIVISOR = 1e-5  # where γ is smaller, nothing of x̂ is left
 SLAB_BYTES = 4 << 20  # of the accumulate dtype: small beside any activation worth saving, large beside call overhead
 
 
@@ -32,9 +33,13 @@ def _column(v: Tensor, c: slice, like: Tensor) -> Tensor:
 
 
 def effective_scale(weight: Tensor, eps: float, signed_scale: bool) -> Tensor:
-    """γ, shape and dtype of `weight`."""
-    gamma = weight.abs() + eps
-    return torch.where(weight < 0, -gamma, gamma) if signed_scale else gamma
+    """γ, shape and dtype of `weight`; TorchScript compiles it."""
+    return weight if signed_scale else weight.abs() + eps
+
+
+def _divisor(gamma: Tensor) -> Tensor:
+    """γ for the recovery of x̂, bounded away from 0."""
+    return torch.where(gamma < 0, gamma.clamp(max=-SMALLEST_DIVISOR), gamma.clamp(min=SMALLEST_DIVISOR))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,7 @@ def _recover(
     if bias is not None:
         xhat -= _column(bias, c, y)
     if weight is not None:
-        xhat /= effective_scale(_column(weight, c, y), eps, signed_scale)
+        xhat /= _divisor(effective_scale(_column(weight, c, y), eps, signed_scale))
     return dz, xhat
 
 

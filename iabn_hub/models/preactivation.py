@@ -62,7 +62,8 @@ class PreActivationBlock(nn.Module):
             x = self.conv3(self.dropout(self.bn3(self.conv2(x))))
         else:
             x = self.conv2(self.dropout(x))
-        return x.add_(shortcut)
+        # In eval mode hooks see what the last convolution returned.
+        return x.add_(shortcut) if self.training else x + shortcut
 
 
 def _conv(

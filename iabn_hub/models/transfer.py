@@ -62,16 +62,15 @@ def _scale(layer: ABN) -> Tensor:
 
 def _weight(name: str, layer: ABN, scale: Tensor) -> Tensor:
     """The weight from which `layer` makes this scale."""
-    if not isinstance(layer, InPlaceABN):
+    if not isinstance(layer, InPlaceABN) or layer.signed_scale:
         return scale
     negative = int((scale < 0).sum())
-    if negative and not layer.signed_scale:
+    if negative:
         raise CheckpointError(
             f"{name} has {negative} negative scales, which |w| + eps cannot be: build the network with "
             "signed_scale=True (in a recipe: --set training.signed_scale=true)"
         )
-    size = (scale.abs() - layer.eps).clamp(min=0)
-    return torch.where(scale < 0, -size, size)
+    return (scale - layer.eps).clamp(min=0)
 
 
 def _normalisation(layer: ABN) -> str:

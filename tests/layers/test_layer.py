@@ -40,9 +40,8 @@ def oracle(x, weight, bias, mean, var, residual, activation, param, signed, eps=
         mean, var = x.mean(dims), x.var(dims, correction=0)
     z = (x - mean.double().view(shape)) / (var.double().view(shape) + eps).sqrt()
     if weight is not None:
-        scale = weight.double().abs() + eps
-        sign = torch.where(weight < 0, -1.0, 1.0) if signed else 1.0
-        z = z * (scale * sign).view(shape) + bias.double().view(shape)
+        w = weight.double()
+        z = z * (w if signed else w.abs() + eps).view(shape) + bias.double().view(shape)
     if residual is not None:
         z = z + residual.double()
     if activation == "leaky_relu":
@@ -314,37 +313,18 @@ def test_one_value_per_channel_is_refused_by_shape(kind, shape):
         (lambda: InPlaceABN(4, activation="relu"), "cannot be inverted.*leaky_relu.*ABN"),
         (lambda: InPlaceABN(4, activation="gelu"), "unknown activation 'gelu': choose one of identity, "),
         (lambda: ABN(4, activation="gelu"), "unknown activation 'gelu'.*relu"),
-        (lambda: InPlaceABN(4, activation_param=0.0), "negative slope of leaky_relu must be positive"),
+        (lambda: InPlaceABN(4, activation_param=-0.1), "negative slope of leaky_relu must be positive"),
+        (lambda: InPlaceABN(4, activation="none"), "'none' is called 'identity'"),
+        (lambda: ABN(4, activation="none"), "'none' is called 'identity'"),
         (lambda: InPlaceABN(4)(torch.randn(2, 5, 3, 3)), r"4,.*\(2, 5, 3, 3\) has 5 channels"),
         (lambda: InPlaceABN(4)(torch.randn(4)), r"got shape \(4,\)"),
         (lambda: InPlaceABN(4)(torch.randn(2, 4, 3), torch.randn(2, 4, 1)), r"residual has shape \(2, 4, 1\)"),
-        (lambda: InPlaceABN(4)(torch.randn(2, 4, 3, requires_grad=True)), "use inplace=False"),
         (lambda: inplace_abn(torch.randn(2, 4), None, None, None, None, False), "eval mode needs running_mean"),
     ],
 )  # fmt: skip
 def test_misuse_is_a_sentence(make, says):
     with pytest.raises(ValueError, match=says):
         make()
-
-
-@pytest.mark.parametrize("same", [lambda x: x, lambda x: x[:]], ids=["itself", "view"])
-def test_residual_that_would_be_overwritten_is_refused(same):
-    x = torch.randn(2, 4, 3)
-    with pytest.raises(ValueError, match=r"residual is the input.*use inplace=False"):
-        InPlaceABN(4)(x, same(x))
-    assert InPlaceABN(4, inplace=False)(x, same(x)).shape == x.shape
-
-
-def test_input_that_cannot_be_overwritten_is_refused_before_it_is_lost():
-    leaf = torch.randn(2, 12, requires_grad=True)
-    with torch.inference_mode():
-        frozen = torch.randn(2, 4, 3)
-    shared = torch.randn(2, 1, 3).expand(2, 4, 3)
-    for x in (leaf.view(2, 4, 3), frozen, shared):
-        before = x.detach().clone()
-        with pytest.raises(ValueError, match="use inplace=False"):
-            InPlaceABN(4)(x)
-        assert torch.equal(x, before)
 
 
 def test_abn_takes_what_the_in_place_layer_takes():

@@ -1,0 +1,186 @@
+"""The differentiable steps of in-place ABN, which keep their output for the backward pass.
+
+The backward pass is "InPlace-ABN II" of Rota Bulò, Porzi, Kontschieder (CVPR 2018, section 3): it recovers x̂ from y.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distributed, ops, reference
+from .activations import IDENTITY, gradient
+from .backends.loading import chosen_backend, use_native
+from .degenerate import KeptInput
+
+Options = tuple[float, int, float, bool]  # eps, activation, its parameter, signed_scale: the operators' last arguments
+
+
+def kernels(x: Tensor) -> Any:
+    """The operators for the device of x; while a compiler is tracing, the formulas behind them, so that it can fuse."""
+    if torch.compiler.is_compiling():
+        return reference
+    if chosen_backend() == "reference":
+        return reference
+    if use_native(x.device.type).backend == "inductor":
+        from .backends import inductor  # noqa: PLC0415  (it loads torch's compiler)
+
+        return inductor
+    return ops
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a second derivative at once; autograd would leave out what goes through the statistics."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                "in-place ABN has no second derivative, which create_graph=True (a gradient penalty) asks for: use "
+                "ABN, which keeps its input and has one (in this package's networks norm_layer='abn')"
+            )
+        try:
+            saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
+        except RuntimeError as e:
+            if "modified by an inplace operation" not in str(e):
+                raise
+            raise RuntimeError(
+                "the output of an InPlaceABN, which its backward pass needs, was overwritten: use inplace=False in "
+                "what follows the layer, such as ReLU(inplace=True); its own activation replaces a ReLU behind it"
+            ) from e
+        with torch.no_grad():
+            return backward(ctx, saved, *gradients)
+
+    return call
+
+
+class BatchNormalize(torch.autograd.Function):
+    """A training step of one process: from x to y and its statistics, whose part in the gradient is in that of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: Options,
+        inplace: bool,
+        found: list[Tensor],
+    ) -> Tensor:
+        if inplace:
+            mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
+            ctx.mark_dirty(x)
+            y = x
+        else:
+            y, mean, var = kernels(x).batch_normalize(x, weight, bias, residual, *options)
+        found.extend((mean, var))
+        ctx.save_for_backward(y, weight, bias, residual, var)
+        ctx.options = options
+        _, ctx.activation, ctx.param, ctx.signed_scale = options
+        return y
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, residual, var = saved
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        recover = (weight, bias, residual, *ctx.options)
+        want_dz = want_residual and ctx.activation != IDENTITY
+        dx = dz = None
+        d_affine: tuple[Tensor | None, Tensor | None] = (None, None)
+        if want_x:
+            dx, dz, *sums = kernels(y).batch_gradient(y, dy, var, want_dz, *recover)
+            d_affine = _affine_gradients(ctx, weight, bias, *sums)
+        else:  # a frozen producer
+            if want_weight or want_bias:
+                d_affine = _affine_gradients(ctx, weight, bias, *kernels(y).gradient_sums(y, dy, *recover))
+            if want_dz:
+                dz = gradient(y, dy, ctx.activation, ctx.param)
+        return dx, *d_affine, _residual_gradient(ctx, dy, dz), *(None,) * 3
+
+
+def _affine_gradients(
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, sum_dz: Tensor, sum_dz_xhat: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    d_weight = d_bias = None
+    if weight is not None and ctx.needs_input_grad[1]:
+        # dγ/dw is sign(w) with sign(0) = +1, or 1 for the signed scale.
+        d_weight = sum_dz_xhat if ctx.signed_scale else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
+        d_weight = d_weight.to(weight.dtype)
+    if bias is not None and ctx.needs_input_grad[2]:
+        d_bias = sum_dz.to(bias.dtype)
+    return d_weight, d_bias
+
+
+def _residual_gradient(ctx: Any, dy: Tensor, dz: Tensor | None) -> Tensor | None:
+    if not ctx.needs_input_grad[3]:
+        return None
+    return dy if ctx.activation == IDENTITY else dz
+
+
+class Normalize(torch.autograd.Function):
+    """From x and given statistics to y: those of eval mode (`count` None), or of `count` values per channel.
+
+    `keep` (K,) names channels of which x is kept as well, because y would not tell it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: int | Tensor | None,
+        options: Options,
+        inplace: bool,
+        peers: distributed.Peers,
+        keep: Tensor | None,
+    ) -> Tensor:
+        kept = keep if keep is None else x if keep.numel() == x.size(1) else x.index_select(1, keep)
+        if inplace:
+            kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
+            ctx.mark_dirty(x)
+            y = x
+        else:
+            y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
+        ctx.save_for_backward(
+            y, weight, bias, residual, var, count if isinstance(count, Tensor) else None,
+            keep, kept, None if keep is None else mean,
+        )  # fmt: skip
+        ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
+        ctx.eps, ctx.activation, ctx.param, ctx.signed_scale = options
+        return y
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, residual, var, count, keep, x, mean = saved
+        kept = None if keep is None else KeptInput(keep, x, mean, var, ctx.eps)
+        count = ctx.count if count is None else count
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        recover = (weight, bias, residual, *ctx.options)
+        act = (ctx.activation, ctx.param)
+        d_weight = d_bias = dx = dz = means = None
+        if want_weight or want_bias or (want_x and count is not None):
+            sums = kernels(y).gradient_sums(y, dy, *recover)
+            if kept is not None:
+                kept.correct_sums(y, dy, *act, sums[1])
+            d_weight, d_bias = _affine_gradients(ctx, weight, bias, *sums)
+            if want_x and count is not None:
+                sums = ctx.peers.add(*sums) if ctx.peers.count > 1 else sums
+                means = (sums[0] / count, sums[1] / count)
+        if want_x or want_residual:
+            want_dz = want_residual and ctx.activation != IDENTITY
+            dx, dz = kernels(y).input_gradient(y, dy, var, *(means or (None, None)), want_dz, *recover)
+            if kept is not None and means is not None and want_x:
+                scale = None if weight is None else reference.effective_scale(weight, ctx.eps, ctx.signed_scale)
+                kept.correct_gradient(y, dy, *act, means, scale, dx)
+        return dx, d_weight, d_bias, _residual_gradient(ctx, dy, dz), *(None,) * 7
