@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +80,21 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
     if not isinstance(state, dict) or not state.keys() >= SNAPSHOT_KEYS:
         raise CheckpointError(f"{path}: is not a snapshot of a training run; for a file of weights pass --arch")
+    return _with_new_names(state)
+
+
+# Names that the first version wrote.
+_SUMS = {"right": "correct", "right_of_five": "correct_top5"}
+_COLUMNS = {"accuracy": "pixel_accuracy", "val_accuracy": "val_pixel_accuracy"}
+_BODY = re.compile(r"^body\.")
+
+
+def _with_new_names(state: dict[str, Any]) -> dict[str, Any]:
+    for part in ("model", "ema"):
+        if state[part]:
+            state[part] = {_BODY.sub("backbone.", name): value for name, value in state[part].items()}
+    state["sums"] = {_SUMS.get(name, name): value for name, value in state.get("sums", {}).items()}
+    state["rows"] = [{_COLUMNS.get(name, name): v for name, v in row.items()} for row in state.get("rows", [])]
     return state
 
 

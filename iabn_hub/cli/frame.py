@@ -35,6 +35,7 @@ RENAMED_OPTIONS = {
     "--longest": "--long-side",
     "--ignore": "--ignore-index",
     "--scale": "--resize",
+    "--networks": "",  # its values are arguments now
 }
 WIDE = 200  # columns of a table that goes to a file or a pipe
 
@@ -50,6 +51,12 @@ class Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f"{__package__}.{name}").command
         return command
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(context, arguments)
+        return name, command, rest if command is None else _with_new_names(command, rest)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -78,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # print names that the terminal cannot show
     try:
-        given = _with_new_names(list(sys.argv[1:] if arguments is None else arguments))
-        code = app.main(given, prog_name=PROGRAM, standalone_mode=False)
+        code = app.main(None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except BrokenPipeError:  # 'iabn-hub list | head'
@@ -117,14 +123,24 @@ def complain(message: object, code: int = FAILED) -> int:
     return code
 
 
-def _with_new_names(arguments: list[str]) -> list[str]:
+def _with_new_names(command: click.Command, arguments: list[str]) -> list[str]:
+    """The arguments with options that the command does not have any more under their new names."""
+    if isinstance(command, click.Group) and arguments:
+        inner = command.get_command(click.Context(command), arguments[0])
+        return arguments[:1] + _with_new_names(inner, arguments[1:]) if inner else arguments
+    known = {option for parameter in command.params for option in parameter.opts}
     renamed = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name in RENAMED_OPTIONS:
-            complain(f"{name} is now called {RENAMED_OPTIONS[name]}; the old name will be removed in the next release")
-            name = RENAMED_OPTIONS[name]
-        renamed.append(name + equals + value)
+        new = RENAMED_OPTIONS.get(name)
+        if new is None or name in known or (new and new not in known):
+            renamed.append(argument)
+        elif new:
+            complain(f"{name} is now called {new}; the old name will be removed in the next release")
+            renamed.append(new + equals + value)
+        else:
+            complain(f"{name} is no longer needed, and will be refused in the next release")
+            renamed += [value] if equals else []
     return renamed
 
 

@@ -3,7 +3,8 @@
 from .backends.loading import use_backend
 from .distributed import active_group, set_active_group
 from .functional import inplace_abn, inplace_abn_sync
-from .modules import ABN, InPlaceABN, InPlaceABNSync, convert_local, convert_sync
+from .modules import ABN, InPlaceABN, InPlaceABNSync
+from .synchronisation import convert_local, convert_sync
 
 __all__ = [
     "ABN",

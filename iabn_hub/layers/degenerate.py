@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .activations import gradient
 from .ops import accumulate_dtype
-from .reference import SLAB_BYTES, SMALLEST_DIVISOR, effective_scale
+from .reference import SLAB_BYTES, effective_scale
 
+SMALLEST_SCALE = 1e-5  # by which the operators divide
 LARGEST_ERROR = 0.1  # of x̂, whose standard deviation is 1
 RENEWAL = 100  # updates of the weight between two looks at the values, which on a GPU wait for it
 
@@ -46,7 +47,7 @@ def unrecoverable_channels(
     if residual is not None and residual.numel() > 0:
         size += residual.square().mean([0, *range(2, residual.dim())], dtype=torch.float32)
     error = size.sqrt() * (torch.finfo(dtype).eps / 2)
-    found = ((error > LARGEST_ERROR * gamma) | (gamma < SMALLEST_DIVISOR)).nonzero().flatten()
+    found = ((error > LARGEST_ERROR * gamma) | (gamma < SMALLEST_SCALE)).nonzero().flatten()
     return found if found.numel() else None
 
 

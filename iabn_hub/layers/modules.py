@@ -1,13 +1,10 @@
 """The layers as modules: ABN, InPlaceABN and InPlaceABNSync, with the argument names of inplace_abn."""
 
 import copy
-import functools
-import logging
-from collections.abc import Callable
-from typing import Any, Dict, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
@@ -17,8 +14,6 @@ from .distributed import Peers
 from .functional import inplace_abn, inplace_abn_sync
 from .reference import effective_scale
 from .standard import batch_norm_act
-
-_logger = logging.getLogger(__name__)
 
 
 class ABN(_BatchNorm):
@@ -303,68 +298,3 @@ class InPlaceABNSync(InPlaceABN):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
-
-
-def convert_sync(module: nn.Module, group: Any = None) -> nn.Module:
-    """Replace every InPlaceABN within `module` by an InPlaceABNSync over `group`, with the same parameters.
-
-    Layers of a subclass, and parametrised ones, become a subclass of both.
-
-    Returns:
-        `module`, changed in place, or the new layer if `module` itself is one.
-
-    Example:
-        >>> import torch, iabn_hub
-        >>> iabn_hub.convert_sync(torch.nn.Sequential(iabn_hub.InPlaceABN(4)))
-        Sequential(
-          (0): InPlaceABNSync(4, eps=1e-05, momentum=0.1, affine=True, activation=leaky_relu[0.01])
-        )
-    """
-    return _replaced(module, lambda layer: _to_sync(layer, group), {})
-
-
-def convert_local(module: nn.Module) -> nn.Module:
-    """The way back: replace every InPlaceABNSync within `module` by an InPlaceABN, with the same parameters."""
-    return _replaced(module, _to_local, {})
-
-
-def _replaced(module: nn.Module, convert: Callable[[nn.Module], nn.Module], done: Dict[int, nn.Module]) -> nn.Module:
-    """`module` with every layer within it converted; a layer that occurs in several places stays one layer."""
-    if id(module) not in done:
-        done[id(module)] = convert(module)
-        if done[id(module)] is module:
-            for name, child in module.named_children():
-                setattr(module, name, _replaced(child, convert, done))
-    return done[id(module)]
-
-
-def _to_sync(layer: nn.Module, group: Any) -> nn.Module:
-    if not isinstance(layer, InPlaceABN) or isinstance(layer, InPlaceABNSync):
-        return layer
-    original: Any = type(layer)
-    cls = _sync_class(original)
-    converted: Any = cls.__new__(cls)
-    converted.__dict__.update(layer.__dict__)
-    converted.set_group(group)
-    return converted
-
-
-def _to_local(layer: nn.Module) -> nn.Module:
-    if not isinstance(layer, InPlaceABNSync):
-        return layer
-    cls = InPlaceABN if type(layer) is InPlaceABNSync else getattr(type(layer), "local_class", None)
-    if cls is None:
-        _logger.warning("%s is a synchronised class of its own and stays as it is", type(layer).__name__)
-        return layer
-    converted: Any = cls.__new__(cls)
-    converted.__dict__.update(layer.__dict__)
-    del converted.group, converted._compared
-    return converted
-
-
-@functools.cache
-def _sync_class(cls: type[Any]) -> Any:
-    """The synchronised form of InPlaceABN, or of a subclass, such as the class of a parametrised layer."""
-    if cls is InPlaceABN:
-        return InPlaceABNSync
-    return type(f"{cls.__name__}Sync", (cls, InPlaceABNSync), {"local_class": cls})

@@ -14,7 +14,6 @@ from torch import Tensor
 from .activations import activate_, gradient, invert
 from .ops import accumulate_dtype, lib
 
-SMALLEST_DIVISOR = 1e-5  # where γ is smaller, nothing of x̂ is left
 SLAB_BYTES = 4 << 20  # of the accumulate dtype: small beside any activation worth saving, large beside call overhead
 
 
@@ -38,8 +37,8 @@ def effective_scale(weight: Tensor, eps: float, signed_scale: bool) -> Tensor:
 
 
 def _divisor(gamma: Tensor) -> Tensor:
-    """γ for the recovery of x̂, bounded away from 0."""
-    return torch.where(gamma < 0, gamma.clamp(max=-SMALLEST_DIVISOR), gamma.clamp(min=SMALLEST_DIVISOR))
+    """γ for the recovery of x̂, not closer to 0 than 1e-5 (a literal: the compiler takes globals as inputs)."""
+    return torch.where(gamma < 0, gamma.clamp(max=-1e-5), gamma.clamp(min=1e-5))
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:

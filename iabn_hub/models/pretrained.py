@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -166,36 +167,54 @@ def _from_timm(name: str, file: Path | None = None) -> Pretrained:
         config = json.loads(Path(path).read_text())
     except Exception as e:  # the Hub's client raises errors of many kinds
         raise CheckpointError(f"{name}: has no config.json that can be read: {(str(e).splitlines() or [''])[0]}") from e
-    model = create_model(name, pretrained=True, checkpoint=file)
+    with _described_by(name):
+        model = create_model(name, pretrained=True, checkpoint=file)
     return _described(name, config, model)
+
+
+@contextlib.contextmanager
+def _described_by(name: str) -> Iterator[None]:
+    """Turn what goes wrong with a configuration that describes no network into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise CheckpointError(f"{name}: config.json does not describe a network of this package ({e})") from e
 
 
 def _described(name: str, config: Mapping[str, Any], model: nn.Module) -> Pretrained:
     """A network with what its configuration says of it."""
-    try:
+    with _described_by(name):
         options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         names = config.get("label_names")
         classes = tuple(str(each) for each in names) if names else None
-        sizes: dict[str, Any] = {key: int(config[key]) for key in ("long_side", "ignore_index") if key in config}
+        # The names behind are those of the first version.
+        names_of = {"long_side": ("long_side", "longest"), "ignore_index": ("ignore_index", "ignore")}
+        sizes: dict[str, Any] = {
+            key: int(config[name]) for key, known in names_of.items() for name in known[::-1] if name in config
+        }
         evaluation = replace(_eval_config(model), **sizes)
         return Pretrained(model, str(config["architecture"]), options, name, evaluation, classes)
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{name}: config.json does not describe a network of this package ({e})") from e
 
 
 def _from_snapshot(path: Path) -> Pretrained:
     state = read_snapshot(path)
     config = state.get("config")
+    beside = path.parent.parent / "config.json"  # of the run, which the first version did not store in its snapshots
+    if config is None and beside.is_file():
+        config = json.loads(beside.read_text())
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: was written by an earlier version, which did not store the configuration of the network: resume "
-            "the run to write a new snapshot, or use its model.safetensors"
+            f"{path}: was written by an earlier version, which did not store the configuration of the network, and "
+            f"there is no {beside}: train on with --resume auto, which writes new snapshots"
         )
-    options = {**config.get("model_args", {}), "num_classes": config.get("num_classes")}
-    model = create_model(
-        str(config.get("architecture")), pretrained_cfg_overlay=config.get("pretrained_cfg"), **options
-    )
-    model.load_state_dict(state["ema"] or state["model"])
+    with _described_by(str(path)):
+        options = {**config.get("model_args", {}), "num_classes": config.get("num_classes")}
+        model = create_model(
+            str(config.get("architecture")), pretrained_cfg_overlay=config.get("pretrained_cfg"), **options
+        )
+        model.load_state_dict(state["ema"] or state["model"])
     return _described(str(path), config, model)
 
 

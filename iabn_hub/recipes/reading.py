@@ -55,6 +55,7 @@ def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
         content = read_json(text)
     except ValueError as e:
         raise RecipeError(f"{path}: is not JSON: {e}") from e
+    content = _with_new_keys(content, str(path))
     for change in changes:
         _apply(content, change)
     return recipe_from(content, str(path))
@@ -84,7 +85,7 @@ def _with_new_keys(content: Any, path: str) -> Any:
         section = content.get(name)
         if isinstance(section, dict) and old_key in section:
             _logger.warning("%s: %s is now called %s.%s", path, old, name, key)
-            section.setdefault(key, section.pop(old_key))
+            section[key] = section.pop(old_key)
     return content
 
 

@@ -110,11 +110,12 @@ def test_every_operator_agrees_with_the_reference(shape, dtype, layouts, activat
 
     dz = per_channel(gradient(y, dy, *activation))
     gamma = torch.ones(shape[1]) if weight is None else reference.effective_scale(weight, 1e-5, signed).abs()
+    divisor = gamma.clamp(min=1e-5)
     # x̂ is the difference of these, over γ: what it may be off by goes with their size, not with its own.
     terms = per_channel(invert(y, *activation, torch.finfo(dtype).eps)).amax(1)
-    terms = (terms + (bias.abs() if affine else 0) + (per_channel(residual).amax(1) if joined else 0)) / gamma
+    terms = (terms + (bias.abs() if affine else 0) + (per_channel(residual).amax(1) if joined else 0)) / divisor
     # The inverse of a nearly saturated ELU, log1p(t) with t near −1, amplifies the rounding of t by |t| / (1 + t).
-    unstable = unstable_inverse(y, *activation) / gamma.view(1, -1, *[1] * (y.dim() - 2))
+    unstable = unstable_inverse(y, *activation) / divisor.view(1, -1, *[1] * (y.dim() - 2))
     summed = (dz.sum(1), dz.sum(1) * terms + (dz * per_channel(unstable)).sum(1))
     sums = reference.gradient_sums(y, dy, *options)
     assert_same(ops.gradient_sums(y, dy, *options), sums, loose, sizes=summed)

@@ -102,24 +102,58 @@ def parametrised():
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: Doubled(4), parametrised], ids=["subclass", "parametrised"])
+def a_layer_within_a_layer():
+    layer = InPlaceABN(4)
+    layer.inner = InPlaceABN(2)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Doubled(4), parametrised, a_layer_within_a_layer], ids=["subclass", "parametrised", "nested"]
+)
 def test_layers_of_other_classes_are_synchronised_and_back(make):
     layer = make()
     x = torch.randn(3, 4, 5)
     expected = layer(x.clone())
     there = convert_sync(nn.Sequential(layer))
     assert isinstance(there[0], InPlaceABNSync)
-    assert isinstance(there[0], type(layer))
+    assert isinstance(there[0], parametrize.type_before_parametrizations(layer))
+    assert all(isinstance(each, InPlaceABNSync) for each in there.modules() if isinstance(each, InPlaceABN))
     torch.testing.assert_close(there(x.clone()), expected)
     back = convert_local(there)
-    assert type(back[0]) is type(layer)
+    assert type(back[0]).__name__ == type(layer).__name__
+    assert not any(isinstance(each, InPlaceABNSync) for each in back.modules())
     torch.testing.assert_close(back(x.clone()), expected)
+
+
+def test_a_synchronised_subclass_is_pickled_and_copied(tmp_path):
+    there = convert_sync(nn.Sequential(Doubled(4)))
+    torch.save(there, tmp_path / "whole.pt")
+    x = torch.randn(3, 4, 5)
+    for again in (torch.load(tmp_path / "whole.pt", weights_only=False), copy.deepcopy(there)):
+        assert type(again[0]) is type(there[0])
+        torch.testing.assert_close(again(x.clone()), copy.deepcopy(there)(x.clone()))
+
+
+def test_parametrisations_come_and_go_around_a_conversion():
+    there = convert_sync(nn.Sequential(parametrised()))
+    weight = there[0].weight
+    parametrize.remove_parametrizations(there[0], "weight")
+    assert type(there[0]) is InPlaceABNSync
+    torch.testing.assert_close(there[0].weight, weight)
+    for cls in (InPlaceABN, Doubled):
+        layer = convert_sync(cls(4))
+        parametrize.register_parametrization(layer, "weight", nn.Softplus())
+        back = convert_local(layer)
+        assert not isinstance(back, InPlaceABNSync)
+        x = torch.randn(3, 4, 5)
+        torch.testing.assert_close(back(x.clone()), layer(x.clone()))
 
 
 def test_a_shared_layer_stays_shared():
     layer = InPlaceABN(4)
-    network = convert_sync(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)}))
-    assert network["a"] is network["b"][0]
+    network = convert_sync(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "again": layer}))
+    assert network["a"] is network["b"][0] is network["again"]
     assert isinstance(network["a"], InPlaceABNSync)
 
 
@@ -144,4 +178,14 @@ def test_an_overwritten_output_is_explained(name):
     network = nn.Sequential(nn.Conv2d(3, 4, 1), InPlaceABN(4), OVERWRITERS[name])
     y = network(torch.randn(2, 3, 8, 8))
     with pytest.raises(RuntimeError, match="the output of an InPlaceABN, .* was overwritten: use inplace=False"):  # noqa: RUF043
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("which", ["weight", "bias", "residual"])
+def test_another_tensor_that_was_overwritten_is_not_called_the_output(which):
+    layer, residual = InPlaceABN(4), torch.randn(2, 4, 3, requires_grad=True) * 1
+    y = layer(torch.randn(2, 4, 3), residual)
+    with torch.no_grad():
+        {"residual": residual, **dict(layer.named_parameters())}[which].add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: \[.*FloatTensor"):
         y.sum().backward()

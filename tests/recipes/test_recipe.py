@@ -168,3 +168,12 @@ def test_keys_of_the_first_release_are_read_with_a_warning(recipe, caplog):
         {"network": network, "segmentation": {"uniform": 0.25, "ignore": 7, "longest_val": 99}}
     ).segmentation
     assert (section.class_balanced, section.ignore_index, section.long_side_val) == (0.25, 7, 99)
+
+
+@pytest.mark.parametrize("in_file", ["uniform", "class_balanced"])
+@pytest.mark.parametrize("changed", ["uniform", "class_balanced"])
+def test_a_change_counts_under_either_name(tmp_path, in_file, changed):
+    content = json.loads((FOLDER / "test_resnet_deeplab3_iabn.shapes.json").read_text())
+    content["segmentation"] = {in_file: 0.5}
+    (path := tmp_path / "recipe.json").write_text(json.dumps(content))
+    assert read_recipe(path, [f"segmentation.{changed}=0.25"]).segmentation.class_balanced == 0.25

@@ -306,8 +306,9 @@ class Comparison:
         if self.residual is not None:
             z = z - self.residual.double()
             terms = terms + self.residual.double().abs().amax((0, 2))
-        terms = terms / gamma.abs()
-        self.xhat = z / gamma.view(column)
+        divisor = torch.where(gamma < 0, gamma.clamp(max=-1e-5), gamma.clamp(min=1e-5))
+        terms = terms / divisor.abs()
+        self.xhat = z / divisor.view(column)
         self.dz = reference.gradient(self.y.double(), self.dy.double(), *case.activation)
         self.exact_sums = self.dz.sum((0, 2)), (self.dz * self.xhat).sum((0, 2))
         self.scale = (gamma / (self.var.double() + 1e-5).sqrt()).view(column)
