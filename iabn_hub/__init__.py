@@ -5,6 +5,7 @@ Importing this package registers its models in timm, and teaches the tools that 
 """
 
 from . import compatibility
+from .compatibility import install_as_inplace_abn
 from .layers import (
     ABN,
     InPlaceABN,
@@ -34,6 +35,7 @@ __all__ = [
     "create_model",
     "inplace_abn",
     "inplace_abn_sync",
+    "install_as_inplace_abn",
     "list_models",
     "set_active_group",
     "use_backend",

@@ -8,10 +8,13 @@ they do what they mean to, or raise a TypeError; on all others they do what they
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import timm.layers
+import timm.layers.inplace_abn
 import timm.layers.norm_act
 import timm.layers.split_batchnorm
 import timm.utils
@@ -19,6 +22,7 @@ import timm.utils.model
 import torch.nn.utils.fusion
 from torch import nn
 
+from . import layers
 from .layers import ABN, InPlaceABN, convert_sync
 
 
@@ -98,3 +102,44 @@ def install() -> None:
         return convert(cls, module, process_group)
 
     nn.SyncBatchNorm.convert_sync_batchnorm = convert_sync_batchnorm  # type: ignore[method-assign,assignment]
+
+
+# The modules of the package inplace_abn, and what users import from them.
+_INPLACE_ABN = {
+    "inplace_abn.abn": ("ABN", "InPlaceABN", "InPlaceABNSync"),
+    "inplace_abn.functions": ("inplace_abn", "inplace_abn_sync"),
+    "inplace_abn.group": ("active_group", "set_active_group"),
+}
+
+
+def install_as_inplace_abn() -> None:
+    """Let `import inplace_abn` and `from inplace_abn.abn import InPlaceABN` find this package's layers.
+
+    The in-place options of timm (`norm_layer='inplaceabn'`) and of segmentation_models_pytorch
+    (`decoder_use_norm='inplace'`) use them as well. Call it before a network is built. It replaces inplace_abn, if that
+    is installed, within this process.
+
+    Example:
+        >>> import iabn_hub
+        >>> iabn_hub.install_as_inplace_abn()
+        >>> from inplace_abn.abn import InPlaceABN
+        >>> InPlaceABN is iabn_hub.InPlaceABN
+        True
+    """
+    package = ModuleType("inplace_abn", "The layers of iabn_hub under the names of inplace_abn.")
+    package.__path__ = []
+    sys.modules["inplace_abn"] = package
+    for path, names in _INPLACE_ABN.items():
+        module = ModuleType(path)
+        sys.modules[path] = module
+        setattr(package, path.rpartition(".")[2], module)
+        for name in names:
+            for holder in (module, package):
+                setattr(holder, name, getattr(layers, name))
+
+    for name in ("inplace_abn", "inplace_abn_sync"):
+        setattr(timm.layers.inplace_abn, name, getattr(layers, name))
+    timm.layers.inplace_abn.has_iabn = True
+    blocks = sys.modules.get("segmentation_models_pytorch.base.modules")  # looked for the package when it was imported
+    if blocks is not None:
+        blocks.InPlaceABN = InPlaceABN  # type: ignore[attr-defined]

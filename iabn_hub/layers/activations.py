@@ -47,7 +47,8 @@ def activation_number(name: str, param: float, invertible: bool = True) -> int:
         raise ValueError(
             f"activation_param is 0, and {name} with a {what} of 0 cannot be inverted: it maps every negative value to "
             "0, so the backward pass could not recover its input. Without a gradient (eval mode under torch.no_grad) "
-            "the layer runs. To train, use activation_param=0.01, or ABN, which keeps its input"
+            "the layer runs. To train, use activation_param=0.01 (also as an attribute of a layer that "
+            "exists), or ABN, which keeps its input"
         )
     return INVERTIBLE[name]
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..checkpoints.catalogue import Checkpoint, checkpoints_of
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import fetch_checkpoint
+from ..checkpoints.legacy import is_legacy, to_current
 from ..checkpoints.weights import read_weights, weights_in
 from .state_dict import fit
 from .timm_config import URL_SCHEME
@@ -47,6 +48,7 @@ def build(network: type[nn.Module], variant: str, pretrained: bool, options: dic
 
     def make(**arguments: Any) -> nn.Module:
         model = network(**arguments)
+        model.register_load_state_dict_pre_hook(_translate_legacy)
         if weights is not None:
             try:
                 model.load_state_dict(fit(weights, model, new_classifier, unsigned))
@@ -88,6 +90,14 @@ def _read(
         )
     path = fetch_checkpoint(record, cache=cache)
     return str(path), read_weights(path), True
+
+
+def _translate_legacy(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a state dict in the legacy layout today's names before it is loaded (timm's `checkpoint_path` does that)."""
+    if not prefix and is_legacy(state_dict):
+        current = to_current(state_dict)
+        state_dict.clear()
+        state_dict.update(current)
 
 
 def _reads_unsigned(variant: str, options: Mapping[str, Any]) -> bool:

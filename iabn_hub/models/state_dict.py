@@ -55,12 +55,27 @@ def fit(
     kinds = {"missing": missing, "not expected": extra, "misshapen": misshapen, "not plain tensors": strange}
     problems = [f"{kind}: {_list(names)}" for kind, names in kinds.items() if names]
     if problems:
-        raise CheckpointError("these weights do not belong to this network: " + "; ".join(problems))
+        raise CheckpointError(
+            "these weights do not belong to this network: " + "; ".join(problems) + _stem(given, expected)
+        )
     if unsigned is not None:
         _check_scales(given, model, unsigned)
     elif not is_legacy(state_dict):
         _warn_of_negative_scales(given, model)
     return given
+
+
+def _stem(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
+    """The way out where it is the stem that does not fit."""
+    name = next(name for name in FIRST_CONVS if name in expected)
+    if not isinstance(given.get(name), Tensor) or given[name].dim() != 4:
+        return ""
+    sizes = (given[name].shape[-1], expected[name].shape[-1])
+    if sizes == (7, 3):
+        return ". They have a 7×7 convolution first: create the network with input_3x3=False"
+    if sizes == (3, 7) and name.replace("conv1", "conv3") in given:
+        return ". They have three 3×3 convolutions first: create the network with input_3x3=True, if it has that option"
+    return ""
 
 
 def count_classes(state_dict: Mapping[str, Any]) -> int | None:

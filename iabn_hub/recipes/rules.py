@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from ..checkpoints.catalogue import suggest
@@ -9,6 +10,7 @@ from ..models.factory import MODELS
 from ..schema import Integer, parse, record_class
 from .schema import Recipe, RecipeError, SegmentationSection, TrainingSection
 
+_logger = logging.getLogger(__name__)
 Refuse = Callable[[str], RecipeError]
 CLASSIFICATION_ONLY = ("mixup", "cutmix", "augment", "erase", "repeats", "min_scale")
 
@@ -31,8 +33,8 @@ def _network(recipe: Recipe, refuse: Refuse) -> None:
         raise refuse(f"network.arch is {network.arch!r}, which is not an architecture{hint}")
     if network.dilation != 1:
         raise refuse(f"network.dilation is {network.dilation}: only networks with dilation 1 are trained")
-    if network.input_3x3 and not recipe.has_stem:
-        raise refuse(f"network.input_3x3: {network.arch} has only one kind of stem")
+    if network.input_3x3 and not recipe.has_stem:  # so did the earlier package
+        _logger.warning("network.input_3x3 is ignored: %s has only one kind of stem", network.arch)
     if network.activation == "relu" and network.bn_mode != "standard":
         raise refuse(
             f"network.activation relu cannot be inverted, which network.bn_mode {network.bn_mode} needs; "

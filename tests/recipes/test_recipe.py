@@ -1,5 +1,6 @@
 """Recipes say what the catalogue says, earlier files are read as they are, and what cannot work is refused by name."""
 
+import importlib
 import json
 
 import pytest
@@ -128,7 +129,6 @@ def test_changes_on_the_command_line(recipe):
         ({"training": {"warmup_epochs": 10}}, "training.warmup_epochs is 10, but the run has only 10 epochs: "),
         ({"training": {"warmup_epochs": -1}}, "training.warmup_epochs is -1: must be greater than or equal to 0"),
         ({"network": {"dilation": 2}}, "network.dilation is 2: only networks with dilation 1 are trained"),
-        ({"network": {"input_3x3": True}}, "network.input_3x3: resnet101 has only one kind of stem"),
         ({"network": {"bn_mode": "inplace"}}, "network.activation relu cannot be inverted.* use leaky_relu"),
         ({"optimizer": {"nesterov": True, "type": "Adam"}}, "optimizer.nesterov needs type SGD"),
         ({"optimizer": {"batch_size": 4}, "training": {"accumulation_steps": 5}}, "accumulation_steps is 5, more than"),
@@ -177,3 +177,15 @@ def test_a_change_counts_under_either_name(tmp_path, in_file, changed):
     content["segmentation"] = {in_file: 0.5}
     (path := tmp_path / "recipe.json").write_text(json.dumps(content))
     assert read_recipe(path, [f"segmentation.{changed}=0.25"]).segmentation.class_balanced == 0.25
+
+
+@pytest.mark.parametrize("arch", ["wider_resnet38", "resnet50", "wider_resnet16_a2"])
+def test_a_stem_that_the_network_does_not_have_is_ignored_as_ever(recipe, caplog, arch):
+    assert "input_3x3" not in recipe({"network": {"arch": arch, "input_3x3": True}}).model_options()
+    assert f"network.input_3x3 is ignored: {arch} has only one kind of stem" in caplog.text
+
+
+def test_the_former_module_gives_the_same():
+    with pytest.warns(DeprecationWarning, match="is now iabn_hub.recipes"):
+        former = importlib.import_module("iabn_hub.training.recipe")
+    assert former.read_recipe is read_recipe
