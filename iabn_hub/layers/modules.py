@@ -129,7 +129,7 @@ class InPlaceABN(ABN):
     Args:
         signed_scale: the scale is `weight` itself, as in `inplace_abn`: weights of a standard BatchNorm load unchanged.
         inplace: overwrite the input in training; False writes a new tensor, and what is kept stays the same. In eval
-            mode the layer always writes a new tensor, so that hooks see what a convolution returned.
+            mode True writes a new tensor as well, so that hooks see what a convolution returned; 'always' does not.
         keep_input: keep the input of channels whose scale is too near 0 to recover x̂ from the output: 'auto' looks at
             the first batch, and again every hundred updates of the weight; True keeps it all, False none of it.
         num_features, eps, momentum, affine, track_running_stats, activation, activation_param: as in `ABN`.
@@ -157,7 +157,7 @@ class InPlaceABN(ABN):
         activation_param: float = 0.01,
         *,
         signed_scale: bool = False,
-        inplace: bool = True,
+        inplace: Union[bool, str] = True,
         keep_input: Union[bool, str] = "auto",
         slope: None = None,
         device: Any = None,
@@ -167,6 +167,8 @@ class InPlaceABN(ABN):
             num_features, eps, momentum, affine, track_running_stats, activation, activation_param,
             slope=slope, device=device, dtype=dtype,
         )  # fmt: skip
+        if inplace not in (True, False, "always"):
+            raise ValueError(f"inplace is {inplace!r}: choose True, False or 'always'")
         if keep_input not in (True, False, "auto"):
             raise ValueError(f"keep_input is {keep_input!r}: choose True, False or 'auto'")
         self.signed_scale = signed_scale
@@ -215,7 +217,7 @@ class InPlaceABN(ABN):
             "running_var": self.running_var if uses_running else None,
             "training": self.training or self.running_mean is None,
             "momentum": momentum,
-            "inplace": self.inplace and self.training,
+            "inplace": self.inplace == "always" or (bool(self.inplace) and self.training),
             "keep_input": self._channels_to_keep(x, residual) if self.keep_input == "auto" else self.keep_input,
         }
 
@@ -240,7 +242,9 @@ class InPlaceABN(ABN):
         self._looked_at = (0,)
 
     def extra_repr(self) -> str:
-        extra = (", signed_scale=True" if self.signed_scale else "") + ("" if self.inplace else ", inplace=False")
+        extra = (", signed_scale=True" if self.signed_scale else "") + (
+            "" if self.inplace is True else f", inplace={self.inplace}"
+        )
         return super().extra_repr() + extra
 
 
@@ -263,7 +267,7 @@ class InPlaceABNSync(InPlaceABN):
         group: Any = None,
         *,
         signed_scale: bool = False,
-        inplace: bool = True,
+        inplace: Union[bool, str] = True,
         keep_input: Union[bool, str] = "auto",
         slope: None = None,
         device: Any = None,

@@ -150,6 +150,8 @@ def test_a_checkpointed_layer_decides_the_same_when_it_runs_again(reentrant):
 def test_misuse_is_a_sentence():
     with pytest.raises(ValueError, match="keep_input is 'never': choose True, False or 'auto'"):
         InPlaceABN(4, keep_input="never")
+    with pytest.raises(ValueError, match="inplace is 'never': choose True, False or 'always'"):
+        InPlaceABN(4, inplace="never")
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3])

@@ -8,6 +8,7 @@ import timm.layers
 import timm.utils
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -297,6 +298,14 @@ def test_version_counter_shows_an_overwritten_input(cls):
     assert x._version == 1
 
 
+@pytest.mark.parametrize("cls", IN_PLACE)
+@pytest.mark.parametrize(("inplace", "overwrites"), [(True, False), (False, False), ("always", True)])
+def test_eval_mode_overwrites_on_demand_alone(cls, inplace, overwrites):
+    layer, x = cls(4, inplace=inplace).eval(), torch.randn(2, 4, 3)
+    with torch.no_grad():
+        assert (layer(x) is x) == overwrites
+
+
 @pytest.mark.parametrize(
     "architecture", ["test_resnet_iabn", "resnext50_iabn", "densenet121_iabn", "wider_resnet16_iabn"]
 )
@@ -337,3 +346,13 @@ def test_names_of_the_earlier_package_get_a_sentence():
         InPlaceABN(4, slope=0.1)
     with pytest.raises(ValueError, match="'none' is called 'identity'"):
         InPlaceABNSync(4, activation="none")
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_shapes_are_known_without_data(cls):
+    with torch.device("meta"):
+        assert Small(cls)(torch.randn(2, 3, 8, 8)).shape == (2, 4, 8, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = Small(cls)
+        net(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert net.norm1.weight.grad.shape == (4,)
