@@ -24,8 +24,10 @@ RENEWAL = 100  # updates of the weight between two looks at the values, which on
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether values may be read on the host now: not while a compiler, a tracer or a CUDA graph records."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(x) not in (Tensor, torch.nn.Parameter):
+    """Whether values may be read on the host now: not while a tracer, a transform or a CUDA graph records."""
+    if torch._C._get_tracing_state() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point():
         return False
     return not x.is_meta and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

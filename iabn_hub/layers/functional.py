@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from . import distributed, reference
 from .activations import activation_number
-from .autograd import BatchNormalize, Normalize, kernels
+from .autograd import BatchNormalize, Normalize, Options, kernels
 from .overwriting import may_overwrite
 from .standard import batch_norm_act
 
@@ -132,14 +132,13 @@ def _forward(
     keep_input: bool | Tensor,
     peers: distributed.Peers,
 ) -> Tensor:
-    with_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
-    )
+    given = [t for t in (x, weight, bias, residual) if t is not None]
+    with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     act = activation_number(activation, activation_param, invertible=with_gradient)
     _check(x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("eval mode needs running_mean and running_var; pass training=True to use the batch instead")
-    if _needs_standard_operators(x, weight, bias, residual):
+    if _needs_standard_operators(given):
         if training and peers.count > 1:
             raise RuntimeError("a synchronised layer in training cannot be traced or transformed: use eval mode")
         scale = None if weight is None else reference.effective_scale(weight, eps, signed_scale)
@@ -159,50 +158,75 @@ def _forward(
     everything = keep is not None and keep.numel() == x.size(1)  # then x is kept as it is
     inplace = inplace and not everything and may_overwrite(x, residual)
 
-    alone_in_training = training and peers.count == 1 and not torch.compiler.is_compiling()
-    y: Tensor
-    if alone_in_training and keep is None:
-        # autograd lets a function that overwrites a view return one tensor only: the statistics come out in a list.
-        found: list[Tensor] = []
-        if with_gradient:
-            y = BatchNormalize.apply(x, weight, bias, residual, options, inplace, found)
-            mean, var = found
-        elif inplace:
-            mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
-            y = _overwritten(x)
-        else:
-            y, mean, var = kernels(x).batch_normalize(x, weight, bias, residual, *options)
+    tensors = (x, weight, bias, residual)
+    if not training and running_mean is not None and running_var is not None:
+        # Copies of (C,), if a backward pass follows: the running statistics may move on before it.
+        mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
+        return _normalize(tensors, mean, var, None, options, inplace, distributed.ALONE, keep, with_gradient)
+    if peers.count == 1 and keep is None and not torch.compiler.is_compiling():
+        y, mean, var = _batch_normalize(tensors, options, inplace, with_gradient)
     else:
-        if running_mean is not None and running_var is not None and not training:
-            # Copies of (C,), if a backward pass follows: the running statistics may move on before it.
-            mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
-        else:
-            with torch.no_grad():
-                mean, var = kernels(x).statistics(x.detach())
-                if peers.count > 1:
-                    mean, var, count = peers.merge_statistics(mean, var, int(count or 0))
-        if with_gradient:
-            y = Normalize.apply(x, weight, bias, residual, mean, var, count, options, inplace, peers, keep)
-        elif inplace:
-            kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
-            y = _overwritten(x)
-        else:
-            y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
-    if training and count is not None and running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            mean, var = kernels(x).statistics(x.detach())
+            if peers.count > 1:
+                mean, var, count = peers.merge_statistics(mean, var, x.numel() // max(1, x.size(1)))
+        y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
+    if count is not None and running_mean is not None and running_var is not None:
         with torch.no_grad():
             _track(running_mean, running_var, mean, var, count, momentum)
     return y
 
 
-def _needs_standard_operators(*tensors: Tensor | None) -> bool:
+Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, weight, bias, residual
+
+
+def _batch_normalize(
+    tensors: Tensors, options: Options, inplace: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and variance of the batch."""
+    x = tensors[0]
+    if with_gradient:
+        # autograd lets a function that overwrites a view return one tensor only: the statistics come out in a list.
+        found: list[Tensor] = []
+        y: Tensor = BatchNormalize.apply(*tensors, options, inplace, found)
+        return y, found[0], found[1]
+    if inplace:
+        mean, var = kernels(x).batch_normalize_(*tensors, *options)
+        return _overwritten(x), mean, var
+    result: tuple[Tensor, Tensor, Tensor] = kernels(x).batch_normalize(*tensors, *options)
+    return result
+
+
+def _normalize(
+    tensors: Tensors,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor | None,
+    options: Options,
+    inplace: bool,
+    peers: distributed.Peers,
+    keep: Tensor | None,
+    with_gradient: bool,
+) -> Tensor:
+    x, *affine_and_residual = tensors
+    y: Tensor
+    if with_gradient:
+        y = Normalize.apply(*tensors, mean, var, count, options, inplace, peers, keep)
+    elif inplace:
+        kernels(x).normalize_(x, mean, var, *affine_and_residual, *options)
+        y = _overwritten(x)
+    else:
+        y = kernels(x).normalize(x, mean, var, *affine_and_residual, *options)
+    return y
+
+
+def _needs_standard_operators(tensors: list[Tensor]) -> bool:
     """Whether an exporter, a tracer or a transform is at work, which the layer's own operators have no rules for."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     if torch._C._get_tracing_state() or torch._C._functorch.maybe_current_level() is not None:
         return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _overwritten(x: Tensor) -> Tensor:

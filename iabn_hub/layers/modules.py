@@ -144,7 +144,7 @@ class InPlaceABN(ABN):
 
     keep_input: Union[bool, str] = "auto"
     _kept_channels: Any = False
-    _looked_at: Any = (0,)
+    _looked_at: Any = (0, None, None)
 
     def __init__(
         self,
@@ -227,19 +227,22 @@ class InPlaceABN(ABN):
         weight, bias = self.weight, self.bias
         if weight is None or bias is None or not torch.is_grad_enabled() or not weight.requires_grad:
             return False
-        if can_look(x) and x.is_floating_point() and not weight.is_inference():
-            looked_at, *of = self._looked_at
-            # Tied to the weight's version: a checkpointed part must decide the same when it runs again.
-            if of != [x.dtype, x.device] or not looked_at <= weight._version < looked_at + RENEWAL:
-                found = unrecoverable_channels(weight, bias, residual, x.dtype, self.eps, self.signed_scale)
-                self._kept_channels = False if found is None else found
-                self._looked_at = (weight._version, x.dtype, x.device)
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return self._kept_channels
+        # Tied to the weight's version: a checkpointed part must decide the same when it runs again.
+        version, dtype, device = self._looked_at
+        if version <= weight._version < version + RENEWAL and dtype == x.dtype and device == x.device:
+            return self._kept_channels
+        if can_look(x):
+            found = unrecoverable_channels(weight, bias, residual, x.dtype, self.eps, self.signed_scale)
+            self._kept_channels = False if found is None else found
+            self._looked_at = (weight._version, x.dtype, x.device)
         return self._kept_channels
 
     @torch.jit.unused
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._looked_at = (0,)
+        self._looked_at = (0, None, None)
 
     def extra_repr(self) -> str:
         extra = (", signed_scale=True" if self.signed_scale else "") + (

@@ -206,6 +206,7 @@ def test_a_compiled_network_stays_one_graph(cls, context, training):
 def test_torch_func_computes_what_autograd_does(cls, inplace):
     net = Small(cls, **({} if cls is ABN else {"inplace": inplace})).double().eval()
     x, t = (torch.randn(5, 3, 6, 6, dtype=torch.float64) for _ in range(2))
+    torch.testing.assert_close(vmap(copy.deepcopy(net))(x[:, None])[:, 0], copy.deepcopy(net)(x))  # never run before
     weights, rest = dict(net.named_parameters()), dict(net.named_buffers())
 
     def loss(weights, x):
