@@ -296,7 +296,7 @@ def test_version_counter_shows_an_overwritten_input(cls):
     layer, x = cls(4), torch.randn(2, 4, 3)
     with torch.no_grad():
         assert layer(x) is x
-    assert x._version == 1
+    assert x._version > 0
 
 
 @pytest.mark.parametrize("cls", IN_PLACE)
