@@ -62,8 +62,7 @@ class PreActivationBlock(nn.Module):
             x = self.conv3(self.dropout(self.bn3(self.conv2(x))))
         else:
             x = self.conv2(self.dropout(x))
-        # In eval mode hooks see what the last convolution returned.
-        return x.add_(shortcut) if self.training else x + shortcut
+        return x + shortcut  # not in place: hooks on the last convolution see, and keep, its output
 
 
 def _conv(

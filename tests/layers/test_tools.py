@@ -322,6 +322,22 @@ def test_hooks_on_convolutions_see_their_outputs_in_eval_mode(architecture):
     assert changed == 0
 
 
+@pytest.mark.parametrize("architecture", ["test_resnet_iabn", "resnext50_iabn", "wider_resnet16_a2_iabn"])
+@pytest.mark.parametrize("norm_layer", ["iabn", "abn"])
+def test_full_backward_hooks_go_on_any_module(architecture, norm_layer):
+    net = iabn_hub.create_model(architecture, num_classes=2, norm_layer=norm_layer).double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    net(x).square().mean().backward()
+    expected = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    seen = set()
+    for name, module in net.named_modules():
+        module.register_full_backward_hook(lambda module, given, result, name=name: seen.add(name))
+    net(x.requires_grad_()).square().mean().backward()
+    assert seen == {name for name, _ in net.named_modules()}
+    torch.testing.assert_close([p.grad for p in net.parameters()], expected)
+
+
 # ---- a slope of 0
 
 
