@@ -47,7 +47,7 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
         except RuntimeError as e:
-            if not re.search(r"modified by an inplace operation.*output 0 of (Batch)?Normalize\b", str(e)):
+            if not re.search(r"modified by an inplace operation.*output 0 of (Batch)?Normalize", str(e)):
                 raise
             raise RuntimeError(
                 "the output of an InPlaceABN, which its backward pass needs, was overwritten: use inplace=False in "

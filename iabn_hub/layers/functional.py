@@ -223,7 +223,8 @@ def _normalize(
 def _needs_standard_operators(tensors: list[Tensor]) -> bool:
     """Whether an exporter, a tracer or a transform is at work, which the layer's own operators have no rules for."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        exporting: bool = torch.compiler._is_exporting_flag  # is_exporting() is True in all compiled code of torch 2.10
+        return exporting
     if torch._C._get_tracing_state() or torch._C._functorch.maybe_current_level() is not None:
         return True
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
