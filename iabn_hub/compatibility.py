@@ -8,6 +8,7 @@ they do what they mean to, or raise a TypeError; on all others they do what they
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -17,7 +18,6 @@ import timm.layers
 import timm.layers.inplace_abn
 import timm.layers.norm_act
 import timm.layers.split_batchnorm
-import timm.utils
 import timm.utils.model
 import torch.nn.utils.fusion
 from torch import nn
@@ -26,82 +26,71 @@ from . import layers
 from .layers import ABN, InPlaceABN, convert_sync
 
 
-def _synchronise(layer: ABN, process_group: Any = None) -> nn.Module:
-    if not isinstance(layer, InPlaceABN):
+def _synchronise(module: ABN, process_group: Any = None) -> nn.Module:
+    if not isinstance(module, InPlaceABN):
         raise TypeError(
             "ABN has no synchronised form: use InPlaceABNSync (in this package's networks norm_layer='iabn_sync')"
         )
-    return convert_sync(layer, process_group)
+    return convert_sync(module, process_group)
 
 
-def _freeze(layer: ABN) -> nn.Module:
-    layer.freeze_running_stats()
-    return layer
+def _freeze(module: ABN) -> nn.Module:
+    module.freeze_running_stats()
+    return module
 
 
-def _unfreeze(layer: ABN) -> nn.Module:
-    layer.freeze_running_stats(False)
-    return layer
+def _unfreeze(module: ABN) -> nn.Module:
+    module.freeze_running_stats(False)
+    return module
 
 
-def _refuse_split(layer: ABN, *_: Any, **__: Any) -> nn.Module:
+def _refuse_split(module: ABN, *_: Any, **__: Any) -> nn.Module:
     raise TypeError(
-        f"convert_splitbn_model would replace {type(layer).__name__} by a BatchNorm without its activation: the layers "
-        "of iabn_hub have no split form"
+        f"convert_splitbn_model would replace {type(module).__name__} by a BatchNorm without its activation: the "
+        "layers of iabn_hub have no split form"
     )
 
 
-def _wrap(original: Callable[..., nn.Module], ours: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _refuse_fusion(*_: Any, **__: Any) -> nn.Module:
+    raise TypeError("a layer of iabn_hub cannot be folded into what stands before it, which would drop the activation")
+
+
+def _wrap(original: Callable[..., Any], parameter: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, which calls `ours` instead where its argument `parameter` is one of our layers."""
+    position = list(inspect.signature(original).parameters).index(parameter)
+
     @functools.wraps(original)
-    def convert(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-        return (ours if isinstance(module, ABN) else original)(module, *arguments, **options)
+    def convert(*arguments: Any, **options: Any) -> Any:
+        given = arguments[position] if len(arguments) > position else options.get(parameter)
+        return (ours if isinstance(given, ABN) else original)(*arguments, **options)
 
     return convert
 
 
-def _guard_fusion(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    @functools.wraps(original)
-    def fuse(producer: nn.Module, norm: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-        if isinstance(norm, ABN):
-            raise TypeError(f"{original.__name__} would drop the activation of {type(norm).__name__}")
-        return original(producer, norm, *arguments, **options)
-
-    return fuse
-
-
-_TIMM: tuple[Any, ...] = (
-    timm.layers.norm_act, timm.layers.split_batchnorm, timm.layers, timm.utils.model, timm.utils,
-)  # fmt: skip
+# What is wrapped: its parameter for the layer, what is done instead, and the modules that hold it, so that those that
+# call themselves find the wrapped form.
+_TIMM = (timm.layers.norm_act, timm.layers.split_batchnorm, timm.layers, timm.utils.model)
+_TORCH = (torch.nn.utils.fusion, torch.nn.utils)
+_WRAPPED: tuple[tuple[str, str, Callable[..., Any], tuple[Any, ...]], ...] = (
+    ("convert_sync_batchnorm", "module", _synchronise, _TIMM),
+    ("convert_splitbn_model", "module", _refuse_split, _TIMM),
+    ("freeze_batch_norm_2d", "module", _freeze, _TIMM),
+    ("unfreeze_batch_norm_2d", "module", _unfreeze, _TIMM),
+    ("fuse_conv_bn_eval", "bn", _refuse_fusion, _TORCH),
+    ("fuse_linear_bn_eval", "bn", _refuse_fusion, _TORCH),
+)
 
 
 def install() -> None:
-    """Wrap the converters in every module that holds them, so that those that call themselves find the wrapped form."""
-    for name, ours in (
-        ("convert_sync_batchnorm", _synchronise),
-        ("convert_splitbn_model", _refuse_split),
-        ("freeze_batch_norm_2d", _freeze),
-        ("unfreeze_batch_norm_2d", _unfreeze),
-    ):
-        holders = [module for module in _TIMM if hasattr(module, name)]
-        wrapped = _wrap(getattr(holders[0], name), ours)
+    """Wrap the converters of torch and timm."""
+    for name, parameter, ours, modules in _WRAPPED:
+        holders = [module for module in modules if hasattr(module, name)]
+        wrapped = _wrap(getattr(holders[0], name), parameter, ours)
         for module in holders:
             setattr(module, name, wrapped)
-
-    for name in ("fuse_conv_bn_eval", "fuse_linear_bn_eval"):
-        guarded = _guard_fusion(getattr(torch.nn.utils.fusion, name))
-        for module in (torch.nn.utils.fusion, torch.nn.utils):
-            setattr(module, name, guarded)
-
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
-
-    @classmethod  # type: ignore[misc]
-    @functools.wraps(convert)
-    def convert_sync_batchnorm(cls: Any, module: nn.Module, process_group: Any = None) -> Any:
-        if isinstance(module, ABN):
-            return _synchronise(module, process_group)
-        return convert(cls, module, process_group)
-
-    nn.SyncBatchNorm.convert_sync_batchnorm = convert_sync_batchnorm  # type: ignore[method-assign,assignment]
+    original = nn.SyncBatchNorm.convert_sync_batchnorm.__func__  # type: ignore[attr-defined]
+    synchronise = _wrap(original, "module", lambda cls, *arguments, **options: _synchronise(*arguments, **options))
+    nn.SyncBatchNorm.convert_sync_batchnorm = classmethod(synchronise)  # type: ignore[method-assign,assignment]
 
 
 # The modules of the package inplace_abn, and what users import from them.

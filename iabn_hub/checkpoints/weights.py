@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..files import write_atomically
 from .errors import CheckpointError
+from .legacy import to_current
 
 BEST = "best.pt"  # the snapshot of the best epoch of a run
 SNAPSHOT_KEYS = {"model", "ema", "optimizer", "position", "recipe", "classes"}
@@ -86,13 +86,12 @@ def read_snapshot(path: Path) -> dict[str, Any]:
 # Names that the first version wrote.
 _SUMS = {"right": "correct", "right_of_five": "correct_top5"}
 _COLUMNS = {"accuracy": "pixel_accuracy", "val_accuracy": "val_pixel_accuracy"}
-_BODY = re.compile(r"^body\.")
 
 
 def _with_new_names(state: dict[str, Any]) -> dict[str, Any]:
     for part in ("model", "ema"):
         if state[part]:
-            state[part] = {_BODY.sub("backbone.", name): value for name, value in state[part].items()}
+            state[part] = to_current(state[part])
     state["sums"] = {_SUMS.get(name, name): value for name, value in state.get("sums", {}).items()}
     state["rows"] = [{_COLUMNS.get(name, name): v for name, v in row.items()} for row in state.get("rows", [])]
     return state

@@ -34,6 +34,35 @@ def kernels(x: Tensor) -> Any:
     return ops
 
 
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    inplace: bool,
+) -> Tensor:
+    """y from given statistics: x itself, overwritten, if `inplace`."""
+    if inplace:
+        kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
+        return x
+    y: Tensor = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
+    return y
+
+
+def batch_normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options, inplace: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and variance of the batch; y is x itself, overwritten, if `inplace`."""
+    if inplace:
+        mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
+        return x, mean, var
+    result: tuple[Tensor, Tensor, Tensor] = kernels(x).batch_normalize(x, weight, bias, residual, *options)
+    return result
+
+
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse a second derivative at once; autograd would leave out what goes through the statistics."""
 
@@ -73,12 +102,9 @@ class BatchNormalize(torch.autograd.Function):
         inplace: bool,
         found: list[Tensor],
     ) -> Tensor:
+        y, mean, var = batch_normalize(x, weight, bias, residual, options, inplace)
         if inplace:
-            mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
             ctx.mark_dirty(x)
-            y = x
-        else:
-            y, mean, var = kernels(x).batch_normalize(x, weight, bias, residual, *options)
         found.extend((mean, var))
         ctx.save_for_backward(y, weight, bias, residual, var)
         ctx.options = options
@@ -145,13 +171,12 @@ class Normalize(torch.autograd.Function):
         peers: distributed.Peers,
         keep: Tensor | None,
     ) -> Tensor:
-        kept = keep if keep is None else x if keep.numel() == x.size(1) else x.index_select(1, keep)
+        kept = None
+        if keep is not None:
+            kept = x if keep.numel() == x.size(1) else x.index_select(1, keep)
+        y = normalize(x, mean, var, weight, bias, residual, options, inplace)
         if inplace:
-            kernels(x).normalize_(x, mean, var, weight, bias, residual, *options)
             ctx.mark_dirty(x)
-            y = x
-        else:
-            y = kernels(x).normalize(x, mean, var, weight, bias, residual, *options)
         ctx.save_for_backward(
             y, weight, bias, residual, var, count if isinstance(count, Tensor) else None,
             keep, kept, None if keep is None else mean,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .activations import gradient
 from .ops import accumulate_dtype
-from .reference import SLAB_BYTES, effective_scale
+from .reference import column, effective_scale, slabs
 
 SMALLEST_SCALE = 1e-5  # by which the operators divide
 LARGEST_ERROR = 0.1  # of x̂, whose standard deviation is 1
@@ -77,21 +77,17 @@ class KeptInput:
     ) -> None:
         """Overwrite the kept channels of dx = scale·(dz - mean_dz - x̂·mean_dz_xhat)/σ; `scale` is γ (C,) or None."""
         for channels, xhat, dz in self._parts(y, dy, act, param):
-
-            def column(v: Tensor, channels: Tensor = channels, dz: Tensor = dz) -> Tensor:
-                return v[channels].to(dz.dtype).view(1, -1, *[1] * (y.dim() - 2))
-
-            dx_hat = dz - column(means[0]) - xhat * column(means[1])
-            factor = (self.var.to(dz.dtype) + self.eps).rsqrt()
-            dx[:, channels] = (dx_hat * column(factor if scale is None else factor * scale)).to(dx.dtype)
+            mean_dz, mean_dz_xhat, var = (column(v, channels, y) for v in (*means, self.var))
+            factor = (var + self.eps).rsqrt_()
+            if scale is not None:
+                factor *= column(scale, channels, y)
+            dx[:, channels] = ((dz - mean_dz - xhat * mean_dz_xhat) * factor).to(dx.dtype)
 
     def _parts(self, y: Tensor, dy: Tensor, act: int, param: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Channels, x̂ and dz in the accumulate dtype, a few megabytes at a time."""
+        """Channels, x̂ and dz in the accumulate dtype, a slab at a time."""
         dtype = accumulate_dtype(y.dtype)
-        per_channel = max(1, y.numel() // max(1, y.size(1))) * dtype.itemsize
-        step = max(1, SLAB_BYTES // per_channel)
-        for channels, x in zip(self.channels.split(step), self.x.split(step, dim=1)):
-            shape = [1, -1] + [1] * (y.dim() - 2)
-            mean, var = (v[channels].to(dtype).view(shape) for v in (self.mean, self.var))
-            xhat = (x.to(dtype) - mean) * (var + self.eps).rsqrt()
+        for c in slabs(self.x):
+            channels = self.channels[c]
+            xhat = self.x[:, c].to(dtype) - column(self.mean, channels, y)
+            xhat *= (column(self.var, channels, y) + self.eps).rsqrt_()
             yield channels, xhat, gradient(y[:, channels].to(dtype), dy[:, channels].to(dtype), act, param)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from . import distributed, reference
 from .activations import activation_number
-from .autograd import BatchNormalize, Normalize, Options, kernels
+from .autograd import BatchNormalize, Normalize, Options, batch_normalize, kernels, normalize
 from .overwriting import may_overwrite
 from .standard import batch_norm_act
 
@@ -148,11 +148,9 @@ def _forward(
         )  # fmt: skip
     if residual is not None:
         residual = residual.to(x.dtype)
-    count: int | Tensor | None = None
-    if training:
-        count = x.numel() // max(1, x.size(1))  # per channel
-        if count == 1 and peers.count == 1:
-            raise one_value_per_channel(x)
+    values = x.numel() // max(1, x.size(1))  # per channel
+    if training and values == 1 and peers.count == 1:
+        raise one_value_per_channel(x)
     options = (eps, act, activation_param, signed_scale)
     keep = _channels_to_keep(x, keep_input) if with_gradient else None
     everything = keep is not None and keep.numel() == x.size(1)  # then x is kept as it is
@@ -163,15 +161,16 @@ def _forward(
         # Copies of (C,), if a backward pass follows: the running statistics may move on before it.
         mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
         return _normalize(tensors, mean, var, None, options, inplace, distributed.ALONE, keep, with_gradient)
+    count: int | Tensor = values
     if peers.count == 1 and keep is None and not torch.compiler.is_compiling():
         y, mean, var = _batch_normalize(tensors, options, inplace, with_gradient)
     else:
         with torch.no_grad():
             mean, var = kernels(x).statistics(x.detach())
             if peers.count > 1:
-                mean, var, count = peers.merge_statistics(mean, var, x.numel() // max(1, x.size(1)))
+                mean, var, count = peers.merge_statistics(mean, var, values)
         y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
-    if count is not None and running_mean is not None and running_var is not None:
+    if running_mean is not None and running_var is not None:
         with torch.no_grad():
             _track(running_mean, running_var, mean, var, count, momentum)
     return y
@@ -184,17 +183,13 @@ def _batch_normalize(
     tensors: Tensors, options: Options, inplace: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and variance of the batch."""
-    x = tensors[0]
     if with_gradient:
         # autograd lets a function that overwrites a view return one tensor only: the statistics come out in a list.
         found: list[Tensor] = []
         y: Tensor = BatchNormalize.apply(*tensors, options, inplace, found)
         return y, found[0], found[1]
-    if inplace:
-        mean, var = kernels(x).batch_normalize_(*tensors, *options)
-        return _overwritten(x), mean, var
-    result: tuple[Tensor, Tensor, Tensor] = kernels(x).batch_normalize(*tensors, *options)
-    return result
+    y, mean, var = batch_normalize(*tensors, options, inplace)
+    return (_overwritten(y) if inplace else y), mean, var
 
 
 def _normalize(
@@ -208,16 +203,13 @@ def _normalize(
     keep: Tensor | None,
     with_gradient: bool,
 ) -> Tensor:
-    x, *affine_and_residual = tensors
     y: Tensor
     if with_gradient:
         y = Normalize.apply(*tensors, mean, var, count, options, inplace, peers, keep)
-    elif inplace:
-        kernels(x).normalize_(x, mean, var, *affine_and_residual, *options)
-        y = _overwritten(x)
-    else:
-        y = kernels(x).normalize(x, mean, var, *affine_and_residual, *options)
-    return y
+        return y
+    x, weight, bias, residual = tensors
+    y = normalize(x, mean, var, weight, bias, residual, options, inplace)
+    return _overwritten(y) if inplace else y
 
 
 def _needs_standard_operators(tensors: list[Tensor]) -> bool:

@@ -1,7 +1,7 @@
 """The layers as modules: ABN, InPlaceABN and InPlaceABNSync, with the argument names of inplace_abn."""
 
 import copy
-from typing import Any, Optional, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, fx
@@ -98,17 +98,25 @@ class ABN(_BatchNorm):
         """The layer from standard operators alone; also what TorchScript compiles of the in-place layers."""
         momentum: Optional[float] = self.momentum
         tracked = self.num_batches_tracked
-        tracking = self.training and self.track_running_stats  # which may be switched off for a while
         if momentum is None:
-            momentum = 1.0 / (float(tracked.item()) + 1.0) if tracking and tracked is not None else 0.0
-        uses_running = tracking or not self.training
-        mean = self.running_mean if uses_running else None
-        var = self.running_var if uses_running else None
+            momentum = 1.0 / (float(tracked.item()) + 1.0) if self.training and tracked is not None else 0.0
+        mean, var = self._statistics_in_use()
         y = batch_norm_act(
             x, scale, self.bias, mean, var, self.training or mean is None, momentum, self.eps, self.activation,
             self.activation_param, residual,
         )  # fmt: skip
-        if tracking and tracked is not None:
+        return self._counted(y)
+
+    def _statistics_in_use(self) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """The running statistics, unless their tracking is switched off in training."""
+        if self.training and not self.track_running_stats:
+            return None, None
+        return self.running_mean, self.running_var
+
+    def _counted(self, y: Tensor) -> Tensor:
+        """Count the batch that became y, which is not done before: a refused one must not count."""
+        tracked = self.num_batches_tracked
+        if self.training and self.track_running_stats and tracked is not None:
             tracked.add_(1)
         return y
 
@@ -197,24 +205,16 @@ class InPlaceABN(ABN):
         return self._counted(inplace_abn(x, residual=residual, **self._arguments(x, residual)))
 
     @torch.jit.unused
-    def _counted(self, y: Tensor) -> Tensor:
-        """Count the batch that became y, which is not done before: a refused one must not count."""
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return y
-
-    @torch.jit.unused
     def _arguments(self, x: Tensor, residual: Optional[Tensor]) -> Any:
         """The functions' arguments from this layer's state."""
         momentum: Any = self.momentum
-        tracking = self.training and self.track_running_stats  # which may be switched off for a while
         if momentum is None:
             momentum = 0.0 if self.num_batches_tracked is None else 1 / (self.num_batches_tracked + 1)
         names = ("weight", "bias", "eps", "activation", "activation_param", "signed_scale")
-        uses_running = tracking or not self.training
+        mean, var = self._statistics_in_use()
         return {name: getattr(self, name) for name in names} | {
-            "running_mean": self.running_mean if uses_running else None,
-            "running_var": self.running_var if uses_running else None,
+            "running_mean": mean,
+            "running_var": var,
             "training": self.training or self.running_mean is None,
             "momentum": momentum,
             "inplace": self.inplace == "always" or (bool(self.inplace) and self.training),
@@ -245,10 +245,9 @@ class InPlaceABN(ABN):
         self._looked_at = (0, None, None)
 
     def extra_repr(self) -> str:
-        extra = (", signed_scale=True" if self.signed_scale else "") + (
-            "" if self.inplace is True else f", inplace={self.inplace}"
-        )
-        return super().extra_repr() + extra
+        signed = ", signed_scale=True" if self.signed_scale else ""
+        inplace = "" if self.inplace is True else f", inplace={self.inplace}"
+        return super().extra_repr() + signed + inplace
 
 
 class InPlaceABNSync(InPlaceABN):

@@ -17,7 +17,7 @@ from .ops import accumulate_dtype, lib
 SLAB_BYTES = 4 << 20  # of the accumulate dtype: small beside any activation worth saving, large beside call overhead
 
 
-def _slabs(x: Tensor) -> Iterable[slice]:
+def slabs(x: Tensor) -> Iterable[slice]:
     if torch.compiler.is_compiling():
         return (slice(None),)  # traced as one formula over the whole tensor, which Inductor fuses
     channels = x.size(1)
@@ -26,7 +26,7 @@ def _slabs(x: Tensor) -> Iterable[slice]:
     return (slice(start, start + step) for start in range(0, channels, step))
 
 
-def _column(v: Tensor, c: slice, like: Tensor) -> Tensor:
+def column(v: Tensor, c: slice | Tensor, like: Tensor) -> Tensor:
     """Channels `c` of a per-channel vector, ready to broadcast over (N, C, *)."""
     return v[c].to(accumulate_dtype(like.dtype)).view(1, -1, *[1] * (like.dim() - 2))
 
@@ -47,10 +47,10 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return mean, var
     dims = [0, *range(2, x.dim())]
-    for c in _slabs(x):
+    for c in slabs(x):
         slab = x[:, c].to(dtype)
         rough = slab.mean(dims)
-        centred = slab - _column(rough, slice(None), x)
+        centred = slab - column(rough, slice(None), x)
         # The rounding of the first mean is a shift that the second pass measures and takes out again.
         shift = centred.mean(dims)
         mean[c] = rough + shift
@@ -71,13 +71,13 @@ def _normalize_into(
     activation_param: float,
     signed_scale: bool,
 ) -> None:
-    for c in _slabs(x):
-        scale = (_column(var, c, x) + eps).rsqrt_()
+    for c in slabs(x):
+        scale = (column(var, c, x) + eps).rsqrt_()
         if weight is not None:
-            scale = scale * effective_scale(_column(weight, c, x), eps, signed_scale)
-        z = (x[:, c] - _column(mean, c, x)).mul_(scale)
+            scale = scale * effective_scale(column(weight, c, x), eps, signed_scale)
+        z = (x[:, c] - column(mean, c, x)).mul_(scale)
         if bias is not None:
-            z += _column(bias, c, x)
+            z += column(bias, c, x)
         if residual is not None:
             z += residual[:, c]
         out[:, c] = activate_(z, activation, activation_param)
@@ -124,16 +124,16 @@ def _recover(
     if residual is not None:
         xhat -= residual[:, c]
     if bias is not None:
-        xhat -= _column(bias, c, y)
+        xhat -= column(bias, c, y)
     if weight is not None:
-        xhat /= _divisor(effective_scale(_column(weight, c, y), eps, signed_scale))
+        xhat /= _divisor(effective_scale(column(weight, c, y), eps, signed_scale))
     return dz, xhat
 
 
 def gradient_sums(y: Tensor, dy: Tensor, *recover: object) -> tuple[Tensor, Tensor]:
     sum_dz, sum_dz_xhat = (y.new_empty(y.size(1), dtype=accumulate_dtype(y.dtype)) for _ in range(2))
     dims = [0, *range(2, y.dim())]
-    for c in _slabs(y):
+    for c in slabs(y):
         dz, xhat = _recover(y, dy, c, *recover)  # type: ignore[arg-type]
         sum_dz[c] = dz.sum(dims)
         sum_dz_xhat[c] = xhat.mul_(dz).sum(dims)
@@ -157,16 +157,16 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(y)
     dz_out = torch.empty_like(y) if want_dz else y.new_empty(0)
-    for c in _slabs(y):
+    for c in slabs(y):
         dz, xhat = _recover(y, dy, c, weight, bias, residual, eps, activation, activation_param, signed_scale)
         if want_dz:
             dz_out[:, c] = dz
         if mean_dz is not None and mean_dz_xhat is not None:
-            dz -= _column(mean_dz, c, y)
-            dz -= xhat.mul_(_column(mean_dz_xhat, c, y))
-        dz *= (_column(var, c, y) + eps).rsqrt_()
+            dz -= column(mean_dz, c, y)
+            dz -= xhat.mul_(column(mean_dz_xhat, c, y))
+        dz *= (column(var, c, y) + eps).rsqrt_()
         if weight is not None:
-            dz *= effective_scale(_column(weight, c, y), eps, signed_scale)
+            dz *= effective_scale(column(weight, c, y), eps, signed_scale)
         dx[:, c] = dz
     return dx, dz_out
 

@@ -23,6 +23,9 @@ from .state_dict import count_classes
 from .timm_config import EvalConfig
 from .transfer import transfer
 
+# Keys of config.json, those of the first version included, and what they are in `EvalConfig`.
+SIZES = {"longest": "long_side", "ignore": "ignore_index", "long_side": "long_side", "ignore_index": "ignore_index"}
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -189,11 +192,7 @@ def _described(name: str, config: Mapping[str, Any], model: nn.Module) -> Pretra
         options = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
         names = config.get("label_names")
         classes = tuple(str(each) for each in names) if names else None
-        # The names behind are those of the first version.
-        names_of = {"long_side": ("long_side", "longest"), "ignore_index": ("ignore_index", "ignore")}
-        sizes: dict[str, Any] = {
-            key: int(config[name]) for key, known in names_of.items() for name in known[::-1] if name in config
-        }
+        sizes: dict[str, Any] = {field: int(config[key]) for key, field in SIZES.items() if key in config}
         evaluation = replace(_eval_config(model), **sizes)
         return Pretrained(model, str(config["architecture"]), options, name, evaluation, classes)
 
@@ -203,7 +202,8 @@ def _from_snapshot(path: Path) -> Pretrained:
     config = state.get("config")
     beside = path.parent.parent / "config.json"  # of the run, which the first version did not store in its snapshots
     if config is None and beside.is_file():
-        config = json.loads(beside.read_text())
+        with _described_by(str(path)):
+            config = json.loads(beside.read_text())
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path}: was written by an earlier version, which did not store the configuration of the network, and "

@@ -111,9 +111,12 @@ def test_a_layer_is_not_folded_into_a_convolution_in_silence(cls):
     for fuse, producer in ((fuse_conv_bn_eval, nn.Conv2d(3, 4, 3)), (fuse_linear_bn_eval, nn.Linear(3, 4))):
         with pytest.raises(TypeError, match="would drop the activation"):
             fuse(producer.eval(), cls(4).eval())
+        with pytest.raises(TypeError, match="would drop the activation"):
+            fuse(producer.eval(), bn=cls(4).eval())
     x = torch.randn(2, 3)
     producer, norm = nn.Linear(3, 4).eval(), nn.BatchNorm1d(4).eval()
     torch.testing.assert_close(fuse_linear_bn_eval(producer, norm)(x), norm(producer(x)))
+    torch.testing.assert_close(fuse_linear_bn_eval(linear=producer, bn=norm)(x), norm(producer(x)))
 
 
 @pytest.mark.parametrize("cls", LAYERS)
