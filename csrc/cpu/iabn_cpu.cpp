@@ -316,7 +316,30 @@ std::tuple<Tensor, Tensor> input_gradient(const Tensor& y, const Tensor& dy, con
   return {dx, dz};
 }
 
-// Both passes of a training step's backward: the second reads a channel while it is in the cache.
+// Both passes of a training step's backward: the second reads a channel while it is in the cache. Calls centre(c) when
+// the sums of channel c are known.
+template <typename T, typename Centre>
+void sums_and_gradient(const Kernels& k, const ActivationOptions& a, const Walk& w, Vectors<T>& v, Sums& sums,
+                       Centre centre) {
+  const auto& o = w.operands;
+  int64_t parts = parts_of(w.shape), splits = splits_of(w.shape, parts);
+  Channels<T> channels = v.view();
+  if (!w.shape.rows && splits == 1) {
+    over_blocks(w.shape, parts, 1, [&](int64_t c, int64_t, int64_t first, int64_t last) {
+      double pair[2];
+      k.block_sums(w.shape, a, o[0], o[1], o[2], &channels, c, first, last, pair);
+      sums.dz[c] = pair[0], sums.dz_xhat[c] = pair[1];
+      centre(c);
+      k.block_gradient(w.shape, a, o[0], o[1], o[2], o[3], o[4], &channels, c, first, last);
+    });
+    return;
+  }
+  if (w.shape.rows) sums_by_rows(k, a, w, v, parts, sums);
+  else sums_by_blocks(k, a, w, v.view(), parts, splits, sums);
+  for (int64_t c = 0; c < w.shape.channels; ++c) centre(c);
+  gradient_pass(k, a, w, v, parts);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const Tensor& dy, const Tensor& var,
                                                           bool want_dz, const Optional& weight, const Optional& bias,
                                                           const Optional& residual, double eps, int64_t activation,
@@ -326,38 +349,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const
   Sums sums(y.size(1));
   if (y.numel() > 0) {
     Walk w = plan({&y, &dy, residual ? &*residual : nullptr, &dx, want_dz ? &dz : nullptr});
-    ActivationOptions a = activation_options(activation, param, dtype_of(y));
     int64_t n = w.shape.channels;
     Affine affine(weight, bias, eps, signed_scale, n);
     std::vector<double> vars = to_doubles(var, n, 0);
-    const Kernels& k = kernels_for(dtype_of(y));
     double count = double(w.shape.per_channel());
     with_accumulator(y, [&](auto zero) {
-      using T = decltype(zero);
-      Vectors<T> v(affine);
+      Vectors<decltype(zero)> v(affine);
       v.centre();
       for (int64_t c = 0; c < n; ++c) v.set_forward(affine, c, 0, vars[c]);
-      auto ready = [&](int64_t c) { v.set_backward(affine, c, sums.dz[c] / count, sums.dz_xhat[c] / count); };
-      int64_t parts = parts_of(w.shape), splits = splits_of(w.shape, parts);
-      const auto& o = w.operands;
-      Channels<T> channels = v.view();
-      if (!w.shape.rows && splits == 1) {
-        over_blocks(w.shape, parts, 1, [&](int64_t c, int64_t, int64_t first, int64_t last) {
-          double pair[2];
-          k.block_sums(w.shape, a, o[0], o[1], o[2], &channels, c, first, last, pair);
-          sums.dz[c] = pair[0], sums.dz_xhat[c] = pair[1];
-          ready(c);
-          k.block_gradient(w.shape, a, o[0], o[1], o[2], o[3], o[4], &channels, c, first, last);
-        });
-        return;
-      }
-      if (w.shape.rows) sums_by_rows(k, a, w, v, parts, sums);
-      else sums_by_blocks(k, a, w, v.view(), parts, splits, sums);
-      for (int64_t c = 0; c < n; ++c) ready(c);
-      gradient_pass(k, a, w, v, parts);
+      sums_and_gradient(kernels_for(dtype_of(y)), activation_options(activation, param, dtype_of(y)), w, v, sums,
+                        [&](int64_t c) { v.set_backward(affine, c, sums.dz[c] / count, sums.dz_xhat[c] / count); });
     });
   }
   return {dx, dz, per_channel(y, sums.dz), per_channel(y, sums.dz_xhat)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradient_from_input(const Tensor& x, const Tensor& dy, const Tensor& mean,
+                                                       const Tensor& var, const Optional& weight, const Optional& bias,
+                                                       double eps, int64_t activation, double param, bool centred) {
+  Tensor dx = new_like(x);
+  Sums sums(x.size(1));
+  if (x.numel() > 0) {
+    Walk w = plan({&x, &dy, nullptr, &dx, nullptr});
+    int64_t n = w.shape.channels;
+    Affine affine(weight, bias, eps, true, n);
+    std::vector<double> means = to_doubles(mean, n, 0), vars = to_doubles(var, n, 0);
+    ActivationOptions a = activation_options(activation, param, dtype_of(x));
+    a.from_input = true;
+    double count = double(w.shape.per_channel());
+    with_accumulator(x, [&](auto zero) {
+      Vectors<decltype(zero)> v(affine);
+      if (centred) v.centre();
+      for (int64_t c = 0; c < n; ++c) v.set_from_input(affine, c, means[c], vars[c]);
+      sums_and_gradient(kernels_for(dtype_of(x)), a, w, v, sums, [&](int64_t c) {
+        if (centred) v.set_backward_from_input(c, sums.dz[c] / count, sums.dz_xhat[c] / count);
+      });
+    });
+  }
+  return {dx, per_channel(x, sums.dz), per_channel(x, sums.dz_xhat)};
 }
 
 }  // namespace
@@ -371,4 +400,5 @@ STABLE_TORCH_LIBRARY_IMPL(iabn_hub, CPU, m) {
   m.impl("gradient_sums", TORCH_BOX(&gradient_sums));
   m.impl("input_gradient", TORCH_BOX(&input_gradient));
   m.impl("batch_gradient", TORCH_BOX(&batch_gradient));
+  m.impl("gradient_from_input", TORCH_BOX(&gradient_from_input));
 }

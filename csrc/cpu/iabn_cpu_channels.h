@@ -91,6 +91,16 @@ struct Vectors {
     slope[c] = usual(-mean_dz_xhat * scale[c] * inverse[c]);
     intercept[c] = usual(-mean_dz * scale[c] - affine.bias[c] * slope[c]);
   }
+  // For what is computed from x: distances from the mean take the place of z.
+  void set_from_input(const Affine& affine, int64_t c, double exact_mean, double var) {
+    set_forward(affine, c, exact_mean, var);
+    inverse[c] = usual(1 / std::sqrt(var + affine.eps));
+    offset[c] = usual((mean[c] - exact_mean) * inverse[c]);
+  }
+  void set_backward_from_input(int64_t c, double mean_dz, double mean_dz_xhat) {
+    slope[c] = usual(-mean_dz_xhat * scale[c] * inverse[c]);
+    intercept[c] = usual(-mean_dz * scale[c] - mean_dz_xhat * scale[c] * offset[c]);
+  }
   static T usual(double v) { return v == v ? T(v) : std::numeric_limits<T>::quiet_NaN(); }
   void centre() {
     slope.resize(scale.size());

@@ -25,19 +25,25 @@ void normalize_run(int64_t n, const Stored<F>* x, const Stored<F>* r, Stored<F>*
   });
 }
 
-// dz, and z without the residual, which is what γ and β made of x̂.
-template <bool joined, typename F, typename At, typename A>
-auto recover(At at, const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r, A act) {
-  auto out = get<F>(y, at);
-  auto z = act.invert(out);
-  if constexpr (joined) z -= get<F>(r, at);
-  return Two<decltype(z)>{act.gradient(out, get<F>(dy, at)), z};
+// dz, and z without the residual, which is what γ and β made of x̂; or, where y is x itself, its distance from the mean.
+template <bool along, bool joined, typename F, typename At, typename T, typename A>
+auto recover(At at, const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r, const Channels<T>& c, A act) {
+  auto kept = get<F>(y, at);
+  if constexpr (A::from_input) {
+    kept -= lane<along>(c.mean, at);
+    auto z = kept * lane<along>(c.scale, at) + lane<along>(c.shift, at);
+    return Two<decltype(z)>{act.gradient(z, get<F>(dy, at)), kept};
+  } else {
+    auto z = act.invert(kept);
+    if constexpr (joined) z -= get<F>(r, at);
+    return Two<decltype(z)>{act.gradient(kept, get<F>(dy, at)), z};
+  }
 }
 
 template <bool along, bool joined, typename F, typename T, typename A>
 auto dz_and_product(const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r, const Channels<T>& c, A act) {
   return [=](auto at) {
-    auto [dz, z] = recover<joined, F>(at, y, dy, r, act);
+    auto [dz, z] = recover<along, joined, F>(at, y, dy, r, c, act);
     auto xhat = recovered(z, lane<along>(c.inverse, at), lane<along>(c.offset, at));
     return Two<decltype(z)>{dz, dz * xhat};
   };
@@ -47,10 +53,13 @@ template <bool along, bool joined, typename F, typename T, typename A>
 void gradient_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const Stored<F>* r, Stored<F>* dx,
                   Stored<F>* dz_out, const Channels<T>& c, A act) {
   constexpr bool in_pairs = along && !F::is_wide;
-  auto dz_at = [=](auto at) { return act.gradient(get<F>(y, at), get<F>(dy, at)); };
+  auto dz_at = [=](auto at) {
+    if constexpr (A::from_input) return recover<along, false, F>(at, y, dy, r, c, act).first;
+    else return act.gradient(get<F>(y, at), get<F>(dy, at));
+  };
   if (c.slope != nullptr) {
     map<F, T, in_pairs>(n, dx, [=](auto at) {
-      auto [dz, z] = recover<joined, F>(at, y, dy, r, act);
+      auto [dz, z] = recover<along, joined, F>(at, y, dy, r, c, act);
       return gradient_of_x(dz, z, lane<along>(c.scale, at), lane<along>(c.slope, at), lane<along>(c.intercept, at));
     });
   } else {  // eval mode
@@ -93,10 +102,33 @@ void with_run_format(bool along, const Operand* const (&operands)[count], F&& f)
   f(Wide<T>{});
 }
 
+// Calls f(act, joined, format) for an activation of which z is known.
+template <typename T, int count, typename F>
+void with_known_input(const ActivationOptions& a, bool along, const Operand* const (&operands)[count], F&& f) {
+  auto with = [&](auto act) {
+    with_run_format<T>(along, operands, [&](auto format) { f(act, Constant<false>{}, format); });
+  };
+  switch (a.kind) {
+    case Activation::identity:
+      return with(FromInput<Activation::leaky_relu, T>{1});
+    case Activation::leaky_relu:
+      return with(FromInput<Activation::leaky_relu, T>{T(a.param)});
+    case Activation::elu:
+      return with(FromInput<Activation::elu, T>{T(a.param)});
+    case Activation::silu:
+      return with(FromInput<Activation::silu, T>{});
+    case Activation::hardswish:
+      return with(FromInput<Activation::hardswish, T>{});
+    case Activation::relu6:
+      return with(FromInput<Activation::relu6, T>{});
+  }
+}
+
 // Calls f(act, joined, format). An identity is a leaky ReLU of slope 1. An ELU costs so much that it is compiled once,
 // with a residual, which may be zero.
 template <typename T, int count, typename F>
 void with_options(const ActivationOptions& a, bool joined, bool along, const Operand* const (&operands)[count], F&& f) {
+  if (a.from_input || a.kind > Activation::elu) return with_known_input<T>(a, along, operands, f);
   bool identity = a.kind == Activation::identity;
   T param = identity ? T(1) : T(a.param), inverse = identity ? T(1) : T(1 / a.param), lowest = T(a.lowest);
   if (a.kind == Activation::elu) {
@@ -125,13 +157,13 @@ Channels<T> at_channel(Channels<T> c, int64_t i) {
   return c;
 }
 
-// All channels, in the order of pairs of format F, and with the mean folded for a narrow one.
+// All channels, in the order of pairs of format F, and with the mean folded for a narrow one if that is asked for.
 template <typename F, typename T>
 struct ChannelsInPairs {
   std::vector<T> memory;
   Channels<T> view;
 
-  ChannelsInPairs(const void* channels, int64_t n) : view(*static_cast<const Channels<T>*>(channels)) {
+  ChannelsInPairs(const void* channels, int64_t n, bool fold) : view(*static_cast<const Channels<T>*>(channels)) {
     if constexpr (!F::is_wide) {
       memory.resize(7 * n);
       T* to = memory.data();
@@ -141,7 +173,7 @@ struct ChannelsInPairs {
         to += n;
       });
       T* shift = &memory[view.shift - memory.data()];
-      for (int64_t i = 0; i < n; ++i) shift[i] = fold_mean(view.mean[i], view.scale[i], shift[i]);
+      for (int64_t i = 0; fold && i < n; ++i) shift[i] = fold_mean(view.mean[i], view.scale[i], shift[i]);
     }
   }
 };
@@ -300,7 +332,7 @@ void row_sums(const Shape& s, const ActivationOptions& a, const Operand& y, cons
     using F = decltype(format);
     alignas(64) Stored<F> yb[kBlock], db[kBlock], rb[kBlock];
     alignas(64) T dz[kBlock], products[kBlock];
-    ChannelsInPairs<F, T> all(channels, s.channels);
+    ChannelsInPairs<F, T> all(channels, s.channels, false);
     std::vector<double> total_dz(s.channels), total_products(s.channels);
     for_tiles(s, first, last, true, [&](int64_t c0, int64_t n, int64_t r0, int64_t r1) {
       Channels<T> c = at_channel(all.view, c0);
@@ -324,7 +356,7 @@ void row_normalize(const Shape& s, const ActivationOptions& a, const Operand& x,
   with_options<T>(a, bool(r), true, operands, [&](auto act, auto joined, auto format) {
     using F = decltype(format);
     alignas(64) Stored<F> xb[kBlock], rb[kBlock], yb[kBlock];
-    ChannelsInPairs<F, T> all(channels, s.channels);
+    ChannelsInPairs<F, T> all(channels, s.channels, true);
     for_tiles(s, first, last, false, [&](int64_t c0, int64_t n, int64_t r0, int64_t r1) {
       Channels<T> c = at_channel(all.view, c0);
       for_rows(s, operands, r0, r1, c0, [&](const int64_t* at) {
@@ -344,7 +376,7 @@ void row_gradient(const Shape& s, const ActivationOptions& a, const Operand& y, 
   with_options<T>(a, r || dz, true, operands, [&](auto act, auto joined, auto format) {
     using F = decltype(format);
     alignas(64) Stored<F> yb[kBlock], db[kBlock], rb[kBlock], xb[kBlock], zb[kBlock];
-    ChannelsInPairs<F, T> all(channels, s.channels);
+    ChannelsInPairs<F, T> all(channels, s.channels, false);
     for_tiles(s, first, last, false, [&](int64_t c0, int64_t n, int64_t r0, int64_t r1) {
       Channels<T> c = at_channel(all.view, c0);
       for_rows(s, operands, r0, r1, c0, [&](const int64_t* at) {

@@ -1,4 +1,4 @@
-"""The activations that can be undone from their output, and their names."""
+"""The activations of the operators, and which of them can be undone from their output."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The operators take the activation as an integer, so that their schema needs no strings.
-IDENTITY, LEAKY_RELU, ELU = range(3)
+# The last three have no inverse: in the backward pass they need the input of the norm (`gradient_from_input`).
+IDENTITY, LEAKY_RELU, ELU, SILU, HARDSWISH, RELU6 = range(6)
 
 INVERTIBLE = {"identity": IDENTITY, "leaky_relu": LEAKY_RELU, "elu": ELU}
 ACTIVATIONS = (*INVERTIBLE, "relu")
@@ -56,10 +58,15 @@ def activation_number(name: str, param: float, invertible: bool = True) -> int:
 def activate_(z: Tensor, activation: int, param: float) -> Tensor:
     """Overwrite z, any shape, with act(z)."""
     if activation == LEAKY_RELU:
-        return torch.nn.functional.leaky_relu_(z, param)
+        return F.leaky_relu_(z, param)
     if activation == ELU:
-        return torch.nn.functional.elu_(z, param)
+        return F.elu_(z, param)
+    if activation in (SILU, HARDSWISH, RELU6):
+        return _WITHOUT_INVERSE[activation](z, inplace=True)
     return z
+
+
+_WITHOUT_INVERSE = {SILU: F.silu, HARDSWISH: F.hardswish, RELU6: F.relu6}
 
 
 def invert(y: Tensor, activation: int, param: float, eps: float) -> Tensor:
@@ -81,4 +88,20 @@ def gradient(y: Tensor, dy: Tensor, activation: int, param: float) -> Tensor:
         return torch.where(y < 0, dy * param, dy)
     if activation == ELU:
         return torch.where(y < 0, dy * (y + param).clamp(min=0), dy)
+    return dy.clone()
+
+
+def gradient_at(z: Tensor, dy: Tensor, activation: int, param: float) -> Tensor:
+    """dy · act'(z), where z is known."""
+    if activation == LEAKY_RELU:
+        return torch.where(z > 0, dy, dy * param)
+    if activation == ELU:
+        return torch.where(z < 0, dy * param * z.exp(), dy)
+    if activation == SILU:
+        sigmoid = z.sigmoid()
+        return dy * (sigmoid * (1 + z * (1 - sigmoid)))
+    if activation == HARDSWISH:
+        return dy * torch.where(z < -3, 0, torch.where(z > 3, 1, z / 3 + 0.5))
+    if activation == RELU6:
+        return torch.where((z > 0) & (z < 6), dy, 0)
     return dy.clone()

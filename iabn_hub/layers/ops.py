@@ -127,6 +127,23 @@ def _(y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, *a: object) -> tuple[Te
     return torch.empty_like(y), dz, _per_channel(y), _per_channel(y)
 
 
+# Both passes in one from the input of the layer, for a layer that keeps x and not y.
+#   x, dy     (N, C, *)  what went into the layer, and the gradient of what came out; there is no residual
+#   mean, var (C,)       what the forward normalised with; γ is weight itself
+#   centred              mean and var are those of x: dx = γ/sqrt(var + eps)·(dz - mean(dz) - x̂·mean(dz·x̂)); else given
+#                        numbers (eval mode), and dx = γ/sqrt(var + eps)·dz
+lib.define(
+    "gradient_from_input(Tensor x, Tensor dy, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps,"
+    " int activation, float activation_param, bool centred) -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xhat)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gradient_from_input", lib=lib)
+def _(x: Tensor, dy: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    _check_activation_shape(x)
+    return torch.empty_like(x), _per_channel(x), _per_channel(x)
+
+
 statistics = torch.ops.iabn_hub.statistics
 normalize = torch.ops.iabn_hub.normalize
 normalize_ = torch.ops.iabn_hub.normalize_
@@ -135,3 +152,4 @@ batch_normalize_ = torch.ops.iabn_hub.batch_normalize_
 gradient_sums = torch.ops.iabn_hub.gradient_sums
 input_gradient = torch.ops.iabn_hub.input_gradient
 batch_gradient = torch.ops.iabn_hub.batch_gradient
+gradient_from_input = torch.ops.iabn_hub.gradient_from_input

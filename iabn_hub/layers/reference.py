@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .activations import activate_, gradient, invert
+from .activations import activate_, gradient, gradient_at, invert
 from .ops import accumulate_dtype, lib
 
 SLAB_BYTES = 4 << 20  # of the accumulate dtype: small beside any activation worth saving, large beside call overhead
@@ -180,8 +180,43 @@ def batch_gradient(
     return (*input_gradient(y, dy, var, *means, want_dz, *recover), sum_dz, sum_dz_xhat)  # type: ignore[arg-type]
 
 
+def gradient_from_input(
+    x: Tensor,
+    dy: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    dx = torch.empty_like(x)
+    sum_dz, sum_dz_xhat = (x.new_empty(x.size(1), dtype=dtype) for _ in range(2))
+    dims = [0, *range(2, x.dim())]
+    count = max(1, x.numel() // max(1, x.size(1)))
+    for c in slabs(x):
+        scale = (column(var, c, x) + eps).rsqrt_()
+        z = xhat = (x[:, c] - column(mean, c, x)).mul_(scale)
+        if weight is not None:
+            z = xhat * column(weight, c, x)
+            scale = scale * column(weight, c, x)
+        if bias is not None:
+            z = z + column(bias, c, x)
+        dz = gradient_at(z, dy[:, c].to(dtype), activation, activation_param)
+        sum_dz[c] = dz.sum(dims)
+        sum_dz_xhat[c] = (dz * xhat).sum(dims)
+        if centred:
+            dz -= column(sum_dz, c, x) / count
+            dz -= xhat.mul_(column(sum_dz_xhat, c, x) / count)
+        dx[:, c] = dz.mul_(scale)
+    return dx, sum_dz, sum_dz_xhat
+
+
 for _kernel in (
     statistics, normalize, normalize_, batch_normalize, batch_normalize_,
-    gradient_sums, input_gradient, batch_gradient,
+    gradient_sums, input_gradient, batch_gradient, gradient_from_input,
 ):  # fmt: skip
     lib.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
