@@ -214,6 +214,18 @@ std::tuple<Tensor, Tensor> batch_normalize_(const Tensor& x, const Optional& wei
   return batch_normalize_into(x, x, weight, bias, residual, eps, activation, param, signed_scale);
 }
 
+void update_statistics_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                        double momentum, double correction) {
+  int64_t n = mean.size(0);
+  auto update = [&](const Tensor& running, const Tensor& batch, double share) {
+    std::vector<double> before = to_doubles(running, n, 0), here = to_doubles(batch, n, 0);
+    for (int64_t c = 0; c < n; ++c) before[c] = before[c] * (1 - momentum) + here[c] * share;
+    from_doubles(running, before);
+  };
+  update(running_mean, mean, momentum);
+  update(running_var, var, momentum * correction);
+}
+
 // ---- backward --------------------------------------------------------------------------------------------------------
 
 struct Sums {
@@ -400,5 +412,6 @@ STABLE_TORCH_LIBRARY_IMPL(iabn_hub, CPU, m) {
   m.impl("gradient_sums", TORCH_BOX(&gradient_sums));
   m.impl("input_gradient", TORCH_BOX(&input_gradient));
   m.impl("batch_gradient", TORCH_BOX(&batch_gradient));
+  m.impl("update_statistics_", TORCH_BOX(&update_statistics_));
   m.impl("gradient_from_input", TORCH_BOX(&gradient_from_input));
 }

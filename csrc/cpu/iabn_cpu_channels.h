@@ -26,6 +26,19 @@ std::vector<double> to_doubles(const Optional& v, int64_t n, double otherwise) {
   return out;
 }
 
+void from_doubles(const Tensor& v, const std::vector<double>& values) {
+  Dtype dtype = dtype_of(v);
+  int64_t stride = v.stride(0), n = values.size();
+  void* p = v.data_ptr();
+  for (int64_t i = 0; i < n; ++i) {
+    if (dtype == Dtype::f32) static_cast<float*>(p)[i * stride] = float(values[i]);
+    else if (dtype == Dtype::f64) static_cast<double*>(p)[i * stride] = values[i];
+    else if (dtype == Dtype::bf16)
+      static_cast<torch::headeronly::BFloat16*>(p)[i * stride] = torch::headeronly::BFloat16(float(values[i]));
+    else static_cast<torch::headeronly::Half*>(p)[i * stride] = torch::headeronly::Half(float(values[i]));
+  }
+}
+
 Tensor per_channel(const Tensor& like, const std::vector<double>& values) {
   bool wide = dtype_of(like) == Dtype::f64;
   int64_t n = values.size();

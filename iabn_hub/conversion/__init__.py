@@ -1,5 +1,6 @@
 """Train any network in less memory: what can be computed again is not kept for the backward pass."""
 
 from .convert import convert, restore
+from .report import Bytes, Layer, Report
 
-__all__ = ["convert", "restore"]
+__all__ = ["Bytes", "Layer", "Report", "convert", "restore"]

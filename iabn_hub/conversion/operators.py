@@ -1,59 +1,110 @@
-"""The functions that are computed again rather than having their results kept: cheap, without state, without randomness."""
+"""The functions whose results are computed again rather than kept: cheap, without state, without randomness."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..layers.activations import ELU, HARDSWISH, LEAKY_RELU, RELU6, SILU
+
 # By name: torch calls one function by many objects (torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__ …).
 _UNARY: dict[str, Callable[..., Tensor]] = {
-    "relu": torch.relu, "relu_": torch.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "hardtanh_": F.hardtanh,
-    "leaky_relu": F.leaky_relu, "leaky_relu_": F.leaky_relu, "elu": F.elu, "elu_": F.elu, "celu": F.celu,
-    "selu": F.selu, "silu": F.silu, "mish": F.mish, "gelu": F.gelu, "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid, "softplus": F.softplus, "sigmoid": torch.sigmoid, "sigmoid_": torch.sigmoid,
-    "tanh": torch.tanh, "tanh_": torch.tanh, "clamp": torch.clamp, "clamp_": torch.clamp,
+    "relu": torch.relu, "relu6": F.relu6, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu, "elu": F.elu,
+    "celu": F.celu, "selu": F.selu, "silu": F.silu, "mish": F.mish, "gelu": F.gelu, "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid, "softplus": F.softplus, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "clamp": torch.clamp, "neg": torch.neg, "pad": F.pad, "interpolate": F.interpolate,
 }  # fmt: skip
 _BINARY: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add, "add_": torch.add, "__add__": torch.add, "__radd__": torch.add, "__iadd__": torch.add,
-    "mul": torch.mul, "mul_": torch.mul, "__mul__": torch.mul, "__rmul__": torch.mul, "__imul__": torch.mul,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "truediv": torch.div,
 }  # fmt: skip
-NORMS = {"instance_norm", "group_norm"}
-RECOMPUTED = {*_UNARY, *_BINARY, *NORMS, "cat", "concat"}
-INPLACE = {name for name in RECOMPUTED if name.endswith("_") and not name.endswith("__")} | {"__iadd__", "__imul__"}
-# Where torch.nn.functional takes `inplace` without its name.
-_INPLACE_AT = {"leaky_relu": 2, "elu": 2, "celu": 2, "hardtanh": 3}
+# Of the first tensor; the others are weight and bias.
+_NORMS: dict[str, tuple[str, ...]] = {
+    "group_norm": ("num_groups", "weight", "bias", "eps"),
+    "layer_norm": ("normalized_shape", "weight", "bias", "eps"),
+}
+_INPLACE_AT = {"leaky_relu": 2, "elu": 2, "celu": 2, "hardtanh": 3}  # where `inplace` comes without its name
 
 
-def overwrites(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether this call of the function `name` writes its result to its first argument."""
-    if name in INPLACE or kwargs.get("inplace", False):
-        return True
-    at = _INPLACE_AT.get(name, 1)
-    return name in _UNARY and len(args) > at and args[at] is True
+def _base_names() -> Iterator[tuple[str, str, bool]]:
+    """Each name that torch uses, the name above, and whether it stands for overwriting."""
+    for name in (*_UNARY, *_NORMS, "cat"):
+        yield name, name, False
+        yield f"{name}_", name, True
+    yield "concat", "cat", False
+    for name in _BINARY:
+        yield name, name, False
+        yield f"{name}_", name, True
+        yield f"__{name}__", name, False
+        yield f"__i{name}__", name, True
+    for name in ("add", "mul"):  # the others do not commute: torch calls __rsub__ and so on, which are kept
+        yield f"__r{name}__", name, False
 
 
-def pure(name: str, args: Any, kwargs: Any) -> Callable[..., Tensor] | None:
-    """A function of the tensors of this call that computes its result anew; None if there is none."""
-    if name in ("cat", "concat"):
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        return lambda *tensors: torch.cat(tensors, dim)
+_NAMES = {name: (base, overwrites) for name, base, overwrites in _base_names()}
+
+
+class Call:
+    """A call of one of these functions.
+
+    Attributes:
+        function: of the tensors below, computes the result anew.
+        tensors: what it is computed from.
+        overwrites: the result is written to the first of them.
+        activation: number and parameter of the kernels, if it is one of theirs.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Tensor], tensors: list[Tensor], overwrites: bool) -> None:
+        self.name = name
+        self.function = function
+        self.tensors = tensors
+        self.overwrites = overwrites
+        self.activation: tuple[int, float] | None = None
+        self.is_norm = name in _NORMS
+
+
+def is_known(name: str) -> bool:
+    return name in _NAMES
+
+
+def read_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """What this call computes, or None where it cannot be computed again."""
+    base, overwrites = _NAMES[name]
     if "out" in kwargs:
         return None
-    if name in NORMS:
-        return _norm(name, args, kwargs)
-    if name in _BINARY:
-        return _binary(_BINARY[name], args, kwargs)
+    if base == "cat":
+        tensors = args[0] if args else kwargs.get("tensors")
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        if not isinstance(tensors, list | tuple) or not isinstance(dim, int):
+            return None
+        return Call(base, lambda *parts: torch.cat(parts, dim), list(tensors), False)
+    if base in _BINARY:
+        return _binary(base, args, kwargs, overwrites)
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    if base in _NORMS:
+        return _norm(base, args, kwargs)
+    return _unary(base, args, kwargs, overwrites)
+
+
+def _unary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overwrites: bool) -> Call | None:
     if any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
         return None
     at = _INPLACE_AT.get(name, 1)
+    overwrites = overwrites or bool(kwargs.get("inplace")) or (len(args) > at and args[at] is True)
     rest = [value for place, value in enumerate(args[1:], 1) if not (place == at and isinstance(value, bool))]
-    options = {key: value for key, value in kwargs.items() if key not in ("inplace", "input")}
+    options = {key: value for key, value in kwargs.items() if key != "inplace"}
     function = _UNARY[name]
+    call = Call(name, _partial(function, rest, options), [args[0]], overwrites)
+    call.activation = _activation(name, rest, options)
+    return call
+
+
+def _partial(function: Callable[..., Tensor], rest: list[Any], options: dict[str, Any]) -> Callable[..., Tensor]:
     return functools.partial(_call, function, rest, options) if rest or options else function
 
 
@@ -61,25 +112,40 @@ def _call(function: Callable[..., Tensor], rest: list[Any], options: dict[str, A
     return function(t, *rest, **options)
 
 
-def _binary(function: Callable[..., Tensor], args: Any, kwargs: Any) -> Callable[..., Tensor] | None:
-    if kwargs or len(args) != 2:  # alpha
+def _activation(name: str, rest: list[Any], options: dict[str, Any]) -> tuple[int, float] | None:
+    """As the kernels know it; None if they do not."""
+    if name == "relu":
+        return LEAKY_RELU, 0.0
+    if name in ("leaky_relu", "elu"):
+        key, usual, number = ("negative_slope", 0.01, LEAKY_RELU) if name == "leaky_relu" else ("alpha", 1.0, ELU)
+        value = rest[0] if rest else options.get(key, usual)
+        simple = len(rest) < 2 and not options.keys() - {key} and value >= 0
+        return (number, float(value)) if simple else None
+    if name == "hardtanh":
+        low, high = (*rest, None, None)[:2]
+        low, high = (
+            options.get("min_val", -1.0 if low is None else low),
+            options.get("max_val", 1.0 if high is None else high),
+        )
+        return (RELU6, 0.0) if (low, high) == (0, 6) else None
+    number_of = {"silu": SILU, "hardswish": HARDSWISH, "relu6": RELU6}
+    return (number_of[name], 0.0) if name in number_of and not rest and not options else None
+
+
+def _binary(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], overwrites: bool) -> Call | None:
+    if kwargs or len(args) != 2:  # alpha, rounding_mode
         return None
-    if isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
-        return function
-    number = args[1] if isinstance(args[0], Tensor) else args[0]
-    return functools.partial(_call, function, [number], {})
+    function = _BINARY[name]
+    first, second = args
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return Call(name, function, [first, second], overwrites)
+    if isinstance(first, Tensor):
+        return Call(name, functools.partial(_call, function, [second], {}), [first], overwrites)
+    return None
 
 
-def _norm(name: str, args: Any, kwargs: Any) -> Callable[..., Tensor] | None:
-    """The norm of one tensor; the others are parameters, which do not change before the backward pass."""
-    if name == "group_norm":
-        values = dict(zip(("num_groups", "weight", "bias", "eps"), args[1:])) | kwargs
-    else:
-        names = ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
-        values = dict(zip(names, args[1:])) | kwargs
-        if not values.get("use_input_stats", True):
-            return None
-        values |= {"running_mean": None, "running_var": None}
-    options = {key: value.detach() if isinstance(value, Tensor) else value for key, value in values.items()}
-    options.pop("input", None)
-    return functools.partial(_call, getattr(F, name), [], options)
+def _norm(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    values = dict(zip(_NORMS[name], args[1:])) | kwargs
+    # Copies: a sharded parameter may be away when the result is computed again.
+    options = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+    return Call(name, functools.partial(_call, getattr(F, name), [], options), [args[0]], False)

@@ -172,7 +172,7 @@ def _forward(
         y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            _track(running_mean, running_var, mean, var, count, momentum)
+            track_statistics(running_mean, running_var, mean, var, count, momentum)
     return y
 
 
@@ -258,7 +258,7 @@ def one_value_per_channel(x: Tensor) -> ValueError:
     )
 
 
-def _track(
+def track_statistics(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int | Tensor, momentum: float | Tensor
 ) -> None:
     if isinstance(count, int) and count == 0:
@@ -268,10 +268,11 @@ def _track(
         momentum, correction = momentum * (count > 1).to(var.dtype), count / (count - 1).clamp(min=1)
     else:
         correction = count / (count - 1)
+    if not isinstance(count, Tensor) and not isinstance(momentum, Tensor):
+        kernels(mean).update_statistics_(running_mean, running_var, mean, var, momentum, correction)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        return
     for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * correction)):
         # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
-        running.mul_(1 - momentum)
-        if isinstance(share, Tensor):
-            running.add_((batch * share).to(running.dtype))
-        else:
-            running.add_(batch, alpha=share)
+        running.mul_(1 - momentum).add_((batch * share).to(running.dtype))

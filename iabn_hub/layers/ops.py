@@ -144,6 +144,20 @@ def _(x: Tensor, dy: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), _per_channel(x), _per_channel(x)
 
 
+# running += momentum·(batch - running), for the variance with the unbiased var·correction.
+#   running_mean, running_var  (C,)  any floating dtype; overwritten
+#   mean, var                  (C,)  accumulate dtype
+lib.define(
+    "update_statistics_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum,"
+    " float correction) -> ()"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::update_statistics_", lib=lib)
+def _(running_mean: Tensor, *args: object) -> None:
+    pass
+
+
 statistics = torch.ops.iabn_hub.statistics
 normalize = torch.ops.iabn_hub.normalize
 normalize_ = torch.ops.iabn_hub.normalize_
@@ -153,3 +167,4 @@ gradient_sums = torch.ops.iabn_hub.gradient_sums
 input_gradient = torch.ops.iabn_hub.input_gradient
 batch_gradient = torch.ops.iabn_hub.batch_gradient
 gradient_from_input = torch.ops.iabn_hub.gradient_from_input
+update_statistics_ = torch.ops.iabn_hub.update_statistics_

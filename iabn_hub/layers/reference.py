@@ -215,8 +215,17 @@ def gradient_from_input(
     return dx, sum_dz, sum_dz_xhat
 
 
+def update_statistics_(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, correction: float
+) -> None:
+    for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * correction)):
+        # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
+        running.mul_(1 - momentum).add_(batch, alpha=share)
+
+
 for _kernel in (
     statistics, normalize, normalize_, batch_normalize, batch_normalize_,
     gradient_sums, input_gradient, batch_gradient, gradient_from_input,
+    update_statistics_,
 ):  # fmt: skip
     lib.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")

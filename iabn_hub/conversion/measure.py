@@ -1,0 +1,193 @@
+"""Measure what a network keeps for its backward pass, by layer, and the peak of a training step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+from torch.utils._pytree import tree_leaves
+
+from .recompute import Kept, Slot, storage_of
+
+Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass
+class Measurement:
+    """Of one training step.
+
+    Attributes:
+        kept: bytes kept for the backward pass, by the path of the module that keeps them first.
+        peak: most bytes alive at once, beyond what was there before; parameters' gradients are there before.
+        actions: what was done with a norm and why, by path.
+        ran: paths of the modules that were called.
+    """
+
+    kept: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+    actions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+
+
+class Observer:
+    """Follows which module runs, and what is saved meanwhile."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: dict[int, str] = {}
+        for path, module in model.named_modules():
+            self.paths.setdefault(id(module), path)
+        self.running: list[str] = [""]
+        self.saved: list[tuple[str, Any]] = []
+        self.actions: dict[str, tuple[str, str]] = {}
+        self.ran: set[str] = set()
+
+    @property
+    def here(self) -> str:
+        """Path of the module that runs."""
+        return self.running[-1]
+
+    def keep(self, slot: Slot) -> Slot:
+        self.saved.append((self.here, weakref.ref(slot)))
+        return slot
+
+    def note(self, action: str, reason: str = "", path: str | None = None) -> None:
+        """What is done with the norm at `path`, or with that which runs."""
+        self.actions[self.here if path is None else path] = action, reason
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        def before(module: nn.Module, _: Any) -> None:
+            self.running.append(self.paths.get(id(module), self.here))
+            self.ran.add(self.here)
+
+        def after(module: nn.Module, _: Any, __: Any) -> None:
+            self.running.pop()
+
+        with (
+            global_hooks.register_module_forward_pre_hook(before),
+            global_hooks.register_module_forward_hook(after, always_call=True),
+        ):
+            yield
+
+    def kept(self, outside: set[int]) -> dict[str, int]:
+        """Bytes by path of the storages that are still saved, without those of `outside`."""
+        counted, found = set(outside), dict[str, int]()
+        for path, reference in self.saved:
+            slot = reference()
+            for t in slot.tensors() if slot is not None else ():
+                if storage_of(t) not in counted:
+                    counted.add(storage_of(t))
+                    found[path] = found.get(path, 0) + t.untyped_storage().nbytes()
+        return found
+
+
+def measure(model: nn.Module, sample: Sample, hooks: Any = None) -> Measurement:
+    """Run training steps on a sample; buffers, gradients and the random state are as before afterwards.
+
+    Args:
+        hooks: those of `convert`, to be told what they do with each norm.
+    """
+    observer = Observer(model)
+    call = caller(model, sample)
+    with _unchanged(model), _gradients_allocated(model):
+        given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
+        outside = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *given]}
+        plain = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: observer.keep(Slot(Kept(t))), lambda slot: slot.content.tensor
+        )
+        with observer.following(), torch.enable_grad():
+            if hooks is None:
+                with plain:
+                    output = call()
+            else:
+                hooks.observer = observer
+                try:
+                    output = call()
+                finally:
+                    hooks.observer = None
+        kept = observer.kept(outside)
+        del output
+        return Measurement(kept, _peak(model, lambda: _loss(call())), observer.actions, observer.ran)
+
+
+def caller(model: nn.Module, sample: Sample) -> Callable[[], Any]:
+    """The model called with a tensor, a tuple of arguments, or keyword arguments."""
+    if isinstance(sample, Mapping):
+        return lambda: model(**sample)
+    return (lambda: model(*sample)) if isinstance(sample, tuple) else (lambda: model(sample))
+
+
+def outputs_of(model: nn.Module, sample: Sample) -> list[Tensor]:
+    """The tensors that the network returns, in the mode it is in."""
+    with _unchanged(model), torch.no_grad():
+        return _floating(caller(model, sample)())
+
+
+def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Norm of the difference of all outputs, as a share of their norm."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(before, after))
+    return (difference / max(1e-300, sum(float(a.double().square().sum()) for a in before))) ** 0.5
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _loss(output: Any) -> Tensor:
+    """Something to differentiate that depends on all outputs, and needs little memory itself."""
+    return torch.stack([t.sum() for t in _floating(output) if t.requires_grad]).sum()
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers and random state are as before afterwards."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, copy in buffers:
+                buffer.copy_(copy)
+
+
+@contextlib.contextmanager
+def _gradients_allocated(model: nn.Module) -> Iterator[None]:
+    """Zeros as gradients of the parameters, and then those of before."""
+    parameters = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for p, _ in parameters:
+        p.grad = torch.zeros_like(p)
+    try:
+        yield
+    finally:
+        for p, grad in parameters:
+            p.grad = grad
+
+
+def _peak(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Most bytes alive at once in a training step, as counted by the allocator."""
+    forward().backward()  # what is allocated once is there
+    if any(p.is_cuda for p in model.parameters()):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward().backward()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes about missing devices
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
+        forward().backward()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak

@@ -1,0 +1,381 @@
+"""Run a network so that autograd keeps recipes of tensors instead of the tensors.
+
+A `Recording` sees every torch function of a forward pass (`TorchFunctionMode`) and everything that autograd saves
+(`saved_tensors_hooks`). It remembers how norms, pointwise functions, sums and concatenations were computed. A saved
+tensor that can be computed again from what is kept anyway is dropped, until the backward pass asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..layers.activations import ELU, LEAKY_RELU
+from ..layers.degenerate import RENEWAL, can_look, unrecoverable_channels
+from . import norms
+from .norms import Activate, Normalisation
+from .operators import Call, is_known, read_call
+from .recompute import Inverse, Kept, Recipe, Slot, View, geometry, storage_of
+
+METHODS = ("auto", "recompute", "invert")
+_SMALL = 1 << 16  # elements of a parameter that is copied, and does not count as kept
+
+
+@dataclass
+class _Norm:
+    """What a norm that has just run was given, as long as an activation may follow."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    node: Any  # the autograd node of its result
+    slot: Slot  # that holds x for this node
+    path: str | None  # of the module, while it is observed
+
+
+class RecoverableScales:
+    """Whether the output of a norm tells its input, by the norm's weight; looked at again as the weight changes."""
+
+    def __init__(self) -> None:
+        self.found: Any = WeakTensorKeyDictionary()
+
+    def hold(self, norm: Normalisation, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> bool:
+        if weight is None or bias is None:
+            return True
+        version, dtype, recoverable = self.found.get(weight, (0, None, False))
+        if dtype != y.dtype or not version <= weight._version < version + RENEWAL:
+            if not can_look(y):
+                return False
+            recoverable = unrecoverable_channels(weight, bias, None, y.dtype, norm.eps, True) is None
+            self.found[weight] = weight._version, y.dtype, recoverable
+        return bool(recoverable)
+
+
+class Recording(TorchFunctionMode):
+    """A forward pass whose saved tensors are dropped where they can be computed again."""
+
+    def __init__(self, method: str, scales: RecoverableScales, observer: Any = None) -> None:
+        super().__init__()
+        self.method, self.scales, self.observer = method, scales, observer
+        self.recipes: dict[int, Recipe] = {}  # by storage, as long as the tensor lives
+        self.norms: dict[int, _Norm] = {}  # likewise
+        self.kept: set[int] = set()  # storages that autograd holds
+        self.extra: dict[int, list[Slot]] = {}  # storages that an ordinary network might overwrite: who needs them
+        self.fresh: list[tuple[Slot, int]] = []  # slots of the function that runs, and their storages
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Slot.get)
+
+    def __enter__(self) -> Recording:
+        super().__enter__()
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+        super().__exit__(*error)
+        for memory in (self.recipes, self.norms, self.kept, self.extra, self.fresh):
+            memory.clear()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "__get__":  # an attribute, such as x.shape
+            return function(*args, **kwargs)
+        if self.extra and _may_overwrite(name, args, kwargs):
+            self._secure(args, kwargs)
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        if not self.is_on_top():
+            self._observe("leave", "within activation checkpointing, or other hooks on saved tensors")
+            return function(*args, **kwargs)
+        self.fresh.clear()
+        if function is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if function is F.instance_norm:
+            return self._instance_norm(*args, **kwargs)
+        if is_known(name):
+            return self._recomputed(function, name, args, kwargs)
+        result = function(*args, **kwargs)
+        if self.fresh and isinstance(result, Tensor):
+            self._share_version(result)
+        return result
+
+    def is_on_top(self) -> bool:
+        """Whether no other hooks, such as those of a checkpoint, take the saved tensors."""
+        top: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] == self.hooks.pack_hook
+
+    def _observe(self, action: str, reason: str = "", path: str | None = None) -> None:
+        if self.observer is not None:
+            self.observer.note(action, reason, path)
+
+    # ---- what autograd saves
+
+    def _pack(self, t: Tensor) -> Slot:
+        storage = storage_of(t)
+        recipe = self._recipe_of(t, storage)
+        slot = Slot(Kept(t))
+        if recipe is None or storage in self.kept or not self._replace(slot, recipe):
+            self.kept.add(storage)
+        self.fresh.append((slot, storage))
+        return slot if self.observer is None else self.observer.keep(slot)
+
+    def _replace(self, slot: Slot, recipe: Recipe) -> bool:
+        """Let a slot hold the recipe of its tensor if that takes less memory."""
+        assert isinstance(slot.content, Kept)
+        if self.method == "invert":
+            return False
+        t = slot.content.tensor
+        missing = recipe.missing(self.kept)
+        if missing is None or sum(k.tensor.untyped_storage().nbytes() for k in missing.values()) >= _bytes(t):
+            return False
+        slot.hold(View(recipe, geometry(t)))
+        self.kept.update(missing)
+        for storage in missing:
+            self.extra.setdefault(storage, []).append(slot)
+        return True
+
+    def _secure(self, args: Any, kwargs: Any) -> None:
+        """Before a function may overwrite its arguments: compute what was to be computed from them, or copy them."""
+        for t in (*args, *kwargs.values()):
+            for slot in self.extra.pop(storage_of(t), ()) if isinstance(t, Tensor) and self.extra else ():
+                if isinstance(slot.content, View):
+                    content = slot.content.get()
+                    slot.content.recipe.used()
+                    slot.hold(Kept(content))
+                elif isinstance(slot.content, Inverse):
+                    sources = slot.content.recipe.sources
+                    sources[0] = Kept(sources[0].get().clone())
+
+    def _recipe_of(self, t: Tensor, storage: int) -> Recipe | None:
+        recipe = self.recipes.get(storage)
+        return recipe if recipe is not None and recipe.version == t._version and recipe.dtype == t.dtype else None
+
+    # ---- what is remembered
+
+    def _source(self, t: Tensor) -> View | Kept:
+        storage = storage_of(t)
+        recipe = self._recipe_of(t, storage)
+        if recipe is not None and storage not in self.kept:
+            return View(recipe, geometry(t))
+        if t.is_leaf and t.requires_grad and t.numel() <= _SMALL:
+            return Kept(t.detach().clone(), free=True)
+        return Kept(t if t.is_leaf else t.detach())
+
+    def _remember(self, y: Tensor, function: Callable[..., Tensor], sources: list[View | Kept]) -> None:
+        """Register how y was computed, and let slots of this function that hold y hold its recipe."""
+        self._share_version(y)
+        storage = storage_of(y)
+        whole = y.storage_offset() == 0 and _bytes(y) == y.numel() * y.element_size()
+        if not y.requires_grad or not whole or type(y) is not Tensor:
+            self.recipes.pop(storage, None)
+            return
+        function, sources = _in_one_pass(function, sources)
+        recipe = self.recipes[storage] = Recipe(function, sources, y)
+        # The reference calls back when y dies: what has its storage then is another tensor.
+        recipe.alive = weakref.ref(y, functools.partial(self._forget, storage, id(recipe)))
+        for slot, saved in self.fresh:
+            if saved == storage:
+                self.kept.discard(storage)
+                if not self._replace(slot, recipe):
+                    self.kept.add(storage)
+
+    def _forget(self, storage: int, recipe: int, _: Any) -> None:
+        if id(self.recipes.get(storage)) == recipe:
+            del self.recipes[storage]
+            self.norms.pop(storage, None)
+
+    def _share_version(self, y: Tensor) -> None:
+        """Let slots that hold the result of a function notice when it is overwritten: autograd saved an alias."""
+        storage = storage_of(y)
+        for slot, saved in self.fresh:
+            if saved == storage and isinstance(slot.content, Kept) and slot.content.tensor._version != y._version:
+                slot.hold(Kept(y.detach().as_strided(*geometry(slot.content.tensor))))
+
+    # ---- norms
+
+    def _batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = dict(zip(_BATCH_NORM, args)) | kwargs
+        per_channel = x.numel() // max(1, x.size(1)) if x.dim() > 1 else 0
+        reason = _unsupported(x, options, per_channel)
+        if reason:
+            self._observe("leave", reason)
+            return F.batch_norm(x, *args, **kwargs)
+        return self._norm(x, options, norms.batch_norm)
+
+    def _instance_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        options = dict(zip(_INSTANCE_NORM, args)) | kwargs
+        running = options.pop("running_mean", None) is not None
+        options.pop("running_var", None)
+        uses_input = options.pop("use_input_stats", True)
+        options.pop("momentum", None)
+        per_channel = x.numel() // max(1, x.size(0) * x.size(1)) if x.dim() > 2 else 0
+        reason = "it has running statistics" if running or not uses_input else _unsupported(x, options, per_channel)
+        if reason:
+            self._observe("leave", reason)
+            return F.instance_norm(x, *args, **kwargs)
+        return self._norm(x, options, norms.instance_norm)
+
+    def _norm(self, x: Tensor, options: dict[str, Any], function: Any) -> Tensor:
+        source = self._source(x)
+        y: Tensor
+        y, norm = function(x, **options)
+        self._remember(y, norm, [source])
+        slot = self.fresh[-1][0]
+        path = None if self.observer is None else self.observer.here
+        self.norms[storage_of(y)] = _Norm(x, options.get("weight"), options.get("bias"), y.grad_fn, slot, path)
+        if self.method == "invert":
+            self._observe("leave", "no leaky ReLU or ELU follows")
+        else:
+            self._observe("recompute")
+        return y
+
+    # ---- other functions
+
+    def _recomputed(self, function: Any, name: str, args: Any, kwargs: Any) -> Any:
+        call = read_call(name, args, kwargs)
+        if call is None or not all(type(t) in _PLAIN for t in call.tensors):
+            result = function(*args, **kwargs)
+            if self.fresh and isinstance(result, Tensor):
+                self._share_version(result)
+            return result
+        first = call.tensors[0]
+        known = self._recipe_of(first, storage_of(first))
+        fused = self._activate(call, known, functools.partial(function, **kwargs), args)
+        if fused is not None:
+            return fused
+        sources = [self._source(t) for t in call.tensors]
+        if call.overwrites and not isinstance(sources[0], View):
+            sources = []  # what it is computed from is lost
+        y = function(*args, **kwargs)
+        if isinstance(y, Tensor) and sources:
+            self._remember(y, call.function, sources)
+            if call.is_norm and self.method != "invert":
+                self._observe("recompute")
+        elif isinstance(y, Tensor):
+            self._share_version(y)
+        return y
+
+    def _activate(self, call: Call, recipe: Recipe | None, function: Any, args: Any) -> Tensor | None:
+        """An activation right behind a norm: one node for both, and one pass."""
+        y = call.tensors[0]
+        if call.activation is None or recipe is None or not isinstance(recipe.function, Normalisation):
+            return None
+        norm, given = recipe.function, self.norms.get(storage_of(y))
+        untouched = given is not None and y.grad_fn is given.node and not y._backward_hooks and not y.retains_grad
+        if given is None or not untouched or not norm.is_linear or norm.joined or geometry(y)[1:] != (recipe.stride, 0):
+            return None
+        inverted = self._inverts(call.activation, norm, given, y)
+        both = norm.followed_by(call.activation)
+        source = recipe.sources[0]
+        run = functools.partial(_run, function, args[1:])
+        z: Tensor = Activate.apply(
+            given.x,
+            given.weight,
+            given.bias,
+            y if call.overwrites else y.detach(),
+            both,
+            run,
+            call.overwrites,
+            inverted,
+        )
+        self.norms.pop(storage_of(z), None)
+        if inverted:
+            self._observe("invert", path=given.path)
+            self._keep_result(given, both, z, call.overwrites)
+        else:
+            self._remember(z, both, [source])
+        return z
+
+    def _keep_result(self, given: _Norm, norm: Normalisation, z: Tensor, overwritten: bool) -> None:
+        """Let z be kept in place of the norm's input x."""
+        storage = storage_of(z)
+        self.recipes.pop(storage, None)
+        self.kept.discard(storage_of(given.x))
+        self.kept.add(storage)
+        slot = self.fresh[-1][0]
+        recipe = Recipe(norm.input_of, [Kept(z.detach())], given.x)
+        slot.hold(Inverse(recipe))
+        if overwritten:  # the node of the norm's output stays part of the graph, for what used that before
+            given.slot.hold(View(recipe, geometry(given.x)))
+        self.extra.setdefault(storage, []).append(slot)
+
+    def _inverts(self, activation: tuple[int, float], norm: Normalisation, given: _Norm, y: Tensor) -> bool:
+        """Whether to keep the activation's output, which is read once less, instead of the norm's input."""
+        number, param = activation
+        if self.method == "recompute" or number not in (LEAKY_RELU, ELU) or param <= 0:
+            return False
+        if self.method == "auto" and y.dtype not in (torch.float32, torch.float64):
+            return False
+        return self.scales.hold(norm, given.weight, given.bias, y)
+
+
+_BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_INSTANCE_NORM = ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _run(function: Any, rest: Any, y: Tensor) -> Tensor:
+    z: Tensor = function(y, *rest)
+    return z
+
+
+def _bytes(t: Tensor) -> int:
+    return int(t.untyped_storage().nbytes())
+
+
+def _may_overwrite(name: str, args: Any, kwargs: Any) -> bool:
+    return name.endswith("_") or "out" in kwargs or kwargs.get("inplace") is True or any(a is True for a in args)
+
+
+def _unsupported(x: Tensor, options: dict[str, Any], values_per_channel: int) -> str:
+    """Why the norm is left to torch; empty if it is not."""
+    weight, bias = options.get("weight"), options.get("bias")
+    if not x.requires_grad and (weight is None or not weight.requires_grad):
+        return "no gradient flows"
+    if values_per_channel < 2:
+        return "one value per channel"
+    if type(x) is not Tensor or x.is_meta or not x.is_floating_point():
+        return f"its input is a {type(x).__name__} of {x.dtype} on {x.device}"
+    if (weight is None) != (bias is None):
+        return "it has only one of weight and bias"
+    if x.dtype == torch.float64 and weight is not None and weight.dtype != x.dtype:
+        return f"its input is {x.dtype}, its weight {weight.dtype}"
+    return ""
+
+
+def _in_one_pass(
+    function: Callable[..., Tensor], sources: list[View | Kept]
+) -> tuple[Callable[..., Tensor], list[View | Kept]]:
+    """norm(x) + y and relu(norm(x) + y) as one Normalisation, which reads and writes once."""
+    if function is torch.add and len(sources) == 2:
+        for branch, other in (sources, sources[::-1]):
+            norm = _norm_of(branch)
+            if norm is not None and norm.is_linear and not norm.joined and _size(other) == _size(branch):
+                return norm.followed_by(joined=True), [branch.recipe.sources[0], other]  # type: ignore[union-attr]
+    elif function is torch.relu:
+        norm = _norm_of(sources[0])
+        if norm is not None and norm.is_linear:
+            return norm.followed_by((LEAKY_RELU, 0.0)), sources[0].recipe.sources  # type: ignore[union-attr]
+    return function, sources
+
+
+def _norm_of(source: View | Kept) -> Normalisation | None:
+    whole = isinstance(source, View) and source.whole and isinstance(source.recipe.function, Normalisation)
+    return source.recipe.function if whole else None  # type: ignore[union-attr, return-value]
+
+
+def _size(source: View | Kept) -> tuple[Any, torch.dtype]:
+    if isinstance(source, View):
+        return source.geometry[0], source.recipe.dtype
+    return source.tensor.size(), source.tensor.dtype
