@@ -6,6 +6,7 @@ Importing this package registers its models in timm, and teaches the tools that 
 
 from . import compatibility
 from .compatibility import install_as_inplace_abn
+from .conversion import convert, restore
 from .layers import (
     ABN,
     InPlaceABN,
@@ -30,6 +31,7 @@ __all__ = [
     "InPlaceABNSync",
     "__version__",
     "active_group",
+    "convert",
     "convert_local",
     "convert_sync",
     "create_model",
@@ -37,6 +39,7 @@ __all__ = [
     "inplace_abn_sync",
     "install_as_inplace_abn",
     "list_models",
+    "restore",
     "set_active_group",
     "use_backend",
 ]

@@ -9,6 +9,7 @@ from iabn_hub.models import pretrained
 
 WITH_EXAMPLES = {
     "InPlaceABN": iabn_hub.InPlaceABN,
+    "convert": iabn_hub.convert,
     "convert_sync": iabn_hub.convert_sync,
     "create_model": iabn_hub.create_model,
     "inplace_abn": iabn_hub.inplace_abn,

@@ -90,10 +90,10 @@ struct Act {
   }
   template <typename V>
   IABN_HOST_DEVICE V gradient(V y, V dy) const {
-    if constexpr (activation == Activation::leaky_relu) return y < 0 ? dy * param : dy;
+    if constexpr (activation == Activation::leaky_relu) return y > 0 ? dy : dy * param;
     if constexpr (activation == Activation::elu) {
       V slope = y + param;
-      return y < 0 ? dy * (slope < 0 ? V{} : slope) : dy;
+      return y > 0 ? dy : dy * (slope < 0 ? V{} : slope);
     }
     return dy;
   }
@@ -118,13 +118,13 @@ struct FromInput {
   template <typename V>
   IABN_HOST_DEVICE V gradient(V z, V dy) const {
     if constexpr (activation == Activation::leaky_relu) return z > 0 ? dy : dy * param;
-    if constexpr (activation == Activation::elu) return z < 0 ? dy * exponential<T>(z) * param : dy;
+    if constexpr (activation == Activation::elu) return z > 0 ? dy : dy * exponential<T>(z) * param;
     if constexpr (activation == Activation::silu) {
       V s = 1 / (1 + exponential<T>(-z));
       return dy * (s * (1 + z * (1 - s)));
     }
     if constexpr (activation == Activation::hardswish) {
-      return z < T(-3) ? V{} : z > T(3) ? dy : dy * (z * T(1.0 / 3) + T(0.5));
+      return z <= T(-3) ? V{} : z >= T(3) ? dy : dy * (z * T(1.0 / 3) + T(0.5));
     }
     if constexpr (activation == Activation::relu6) return z > 0 ? (z < 6 ? dy : V{}) : V{};
     return dy;

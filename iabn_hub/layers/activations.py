@@ -85,9 +85,9 @@ def invert(y: Tensor, activation: int, param: float, eps: float) -> Tensor:
 def gradient(y: Tensor, dy: Tensor, activation: int, param: float) -> Tensor:
     """dy · act'(act⁻¹(y)) as a new tensor; the derivative is known from the output alone."""
     if activation == LEAKY_RELU:
-        return torch.where(y < 0, dy * param, dy)
+        return torch.where(y > 0, dy, dy * param)
     if activation == ELU:
-        return torch.where(y < 0, dy * (y + param).clamp(min=0), dy)
+        return torch.where(y > 0, dy, dy * (y + param).clamp(min=0))
     return dy.clone()
 
 
@@ -96,12 +96,12 @@ def gradient_at(z: Tensor, dy: Tensor, activation: int, param: float) -> Tensor:
     if activation == LEAKY_RELU:
         return torch.where(z > 0, dy, dy * param)
     if activation == ELU:
-        return torch.where(z < 0, dy * param * z.exp(), dy)
+        return torch.where(z > 0, dy, dy * param * z.exp())
     if activation == SILU:
         sigmoid = z.sigmoid()
         return dy * (sigmoid * (1 + z * (1 - sigmoid)))
     if activation == HARDSWISH:
-        return dy * torch.where(z < -3, 0, torch.where(z > 3, 1, z / 3 + 0.5))
+        return dy * torch.where(z <= -3, 0, torch.where(z >= 3, 1, z / 3 + 0.5))
     if activation == RELU6:
         return torch.where((z > 0) & (z < 6), dy, 0)
     return dy.clone()
