@@ -51,7 +51,9 @@ def conv_norm(channels, width, act, stride=1):
 
 
 def yolo():
-    return nn.Sequential(conv_norm(3, 16, nn.SiLU(inplace=True), 2), Split(16), Split(16), nn.Flatten(), nn.LazyLinear(5))
+    return nn.Sequential(
+        conv_norm(3, 16, nn.SiLU(inplace=True), 2), Split(16), Split(16), nn.Flatten(), nn.LazyLinear(5)
+    )
 
 
 class ResidualBlock3d(nn.Module):
@@ -95,12 +97,13 @@ def sequence():
     """BatchNorm of (N, C, L) and (N, C)."""
     return nn.Sequential(
         nn.Flatten(2), nn.Conv1d(3, 8, 5, 2), nn.BatchNorm1d(8), nn.GELU(), nn.Conv1d(8, 8, 5, 2), nn.BatchNorm1d(8),
-        nn.ELU(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5),
+        nn.ELU(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(),
+        nn.Linear(8, 5),
     )  # fmt: skip
 
 
 class Unknown(nn.Module):
-    """Written by hand: branches by data, functions instead of modules, a norm that is used twice, one without affine."""
+    """Written by hand: a branch by data, functions instead of modules, a norm used twice, one without affine."""
 
     def __init__(self):
         super().__init__()
@@ -113,10 +116,7 @@ class Unknown(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.norm(self.stem(x)))
-        if x.mean() > 0:
-            x = x + self.gate * torch.tanh(self.norm(self.convs[0](x)))
-        else:
-            x = -x
+        x = x + self.gate * torch.tanh(self.norm(self.convs[0](x))) if x.mean() > 0 else -x
         y = self.bare(self.convs[1](x))
         x = F.leaky_relu(y, 0.2) * y.sigmoid()  # the norm's output is used twice
         x = self.convs[3](F.pad(F.hardswish(x), (1, 1, 1, 1)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from iabn_hub import ABN, InPlaceABN, InPlaceABNSync, inplace_abn, inplace_abn_sync
 from iabn_hub.layers import ops, reference
-from iabn_hub.layers.activations import ELU, IDENTITY, INVERTIBLE, LEAKY_RELU
+from iabn_hub.layers.activations import ELU, IDENTITY, INVERTIBLE, LEAKY_RELU, SILU
 
 ACTIVATIONS = [("leaky_relu", 0.01), ("leaky_relu", 0.3), ("elu", 1.0), ("elu", 0.5), ("identity", 0.01)]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
@@ -426,6 +426,8 @@ def test_operators_keep_their_contracts(activation, bare):
         (ops.gradient_sums, (y, dy, *recover)),
         (ops.input_gradient, (y, dy, var, mean, mean, True, *recover)),
         (ops.input_gradient, (y, dy, var, None, None, False, *recover)),
+        (ops.gradient_from_input, (x, dy, mean, var, *extras[:2], 1e-5, SILU, 0.0, True)),
+        (ops.update_statistics_, (mean.clone(), var.clone(), mean, var, 0.1, 1.5)),
     ]
     for operator, arguments in calls:
         outcome = torch.library.opcheck(operator.default, arguments)

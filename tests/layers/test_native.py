@@ -1,11 +1,13 @@
 """The native kernels compute what the reference kernels compute, on any tensor and any number of threads."""
 
+import functools
 import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from iabn_hub.layers import ops, reference
 from iabn_hub.layers.activations import ELU, gradient, invert
@@ -177,3 +179,90 @@ def test_strides_beyond_32_bits(device, far):
         ops.batch_gradient(x, dy, var, False, *options)[2:], reference.batch_gradient(x, dy, var, False, *options)[2:],
         2e-6,
     )  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(2, 70), st.integers(1, 40)),
+        st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(2, 9)),
+        st.tuples(st.just(1), st.integers(1, 3), st.just(90), st.just(90)),
+        st.tuples(st.integers(1, 2), st.integers(1, 20), st.integers(1, 3), st.integers(2, 3), st.integers(1, 3)),
+    ),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    layouts=st.tuples(*[st.sampled_from([*LAYOUTS, "expanded"])] * 2),
+    activation=st.sampled_from([(0, 0.01), (1, 0.0), (1, 0.3), (2, 0.7), (3, 0.0), (4, 0.0), (5, 0.0)]),
+    flags=st.tuples(*[st.booleans()] * 2),
+    distribution=st.sampled_from([(0.0, 1.0), (10.0, 1.0), (0.0, 1e-3), (-3.0, 1e3)]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_gradient_from_input(shape, dtype, layouts, activation, flags, distribution, seed):
+    """Against autograd through torch's own functions in float64."""
+    torch.manual_seed(seed)
+    affine, centred = flags
+    mean, std = distribution
+    x = in_layout((torch.randn(shape, dtype=torch.float64) * std + mean).to(dtype), layouts[0])
+    weight = torch.tensor(SCALES)[torch.randint(len(SCALES), shape[1:2])] if affine else None
+    bias = torch.randn(shape[1]) if affine else None
+    found = reference.statistics(x)
+    x64, w64, b64 = (
+        t.double().detach().requires_grad_()
+        for t in (
+            x,
+            torch.ones(shape[1]) if weight is None else weight,
+            torch.zeros(shape[1]) if bias is None else bias,
+        )
+    )
+    given = (None, None) if centred else tuple(v.double() for v in found)
+    z = F.batch_norm(x64, *given, w64, b64, centred)
+    loose = 1e-12 if dtype == torch.float64 else 2e-6 * (1 + abs(mean) / std)
+    dy = torch.randn(shape[:2] + (1,) * (len(shape) - 2)).to(dtype).expand(shape)
+    # Near a kink of the activation, rounding decides which slope holds: nothing flows back there.
+    unsure = [(z.detach() - kink).abs() < 10 * loose for kink in KINKS.get(activation[0], ())]
+    if layouts[1] != "expanded" or any(near.any() for near in unsure):
+        dy = in_layout(functools.reduce(lambda t, near: t.masked_fill(near, 0), unsure, dy.clone()), layouts[1])
+    FUNCTIONS[activation[0]](z, activation[1]).backward(dy.double())
+    xhat = F.batch_norm(x64.detach(), *given, None, None, centred)
+    dz, xhat = 1.2 * per_channel(dy), per_channel(xhat)
+    of_dx = (w64 / (found[1].double() + 1e-5).sqrt()).abs() * (
+        dz.amax(1) + dz.mean(1) + xhat.amax(1) * (dz * xhat).mean(1)
+    )
+    for kernels in (ops, reference):
+        dx, sum_dz, sum_dz_xhat = kernels.gradient_from_input(x, dy, *found, weight, bias, 1e-5, *activation, centred)
+        assert (dx.dtype, dx.stride()) == (x.dtype, torch.empty_like(x).stride())
+        for ours, theirs, tolerance, sizes in (
+            (dx, x64.grad, TOLERANCE[dtype] + 10 * loose, of_dx),
+            (sum_dz, b64.grad, 10 * loose, dz.sum(1)),
+            (sum_dz_xhat, w64.grad, 10 * loose, (dz * xhat).sum(1)),
+        ):
+            ours, theirs = (t.double().clone(memory_format=torch.contiguous_format) for t in (ours, theirs))
+            assert_same(ours, theirs, tolerance, sizes=sizes + 1e-30)
+
+
+KINKS = {1: (0,), 2: (0,), 4: (-3, 3), 5: (0, 6)}
+FUNCTIONS = {
+    0: lambda z, _: z, 1: F.leaky_relu, 2: F.elu, 3: lambda z, _: F.silu(z), 4: lambda z, _: F.hardswish(z),
+    5: lambda z, _: F.relu6(z),
+}  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    running=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    batch=st.sampled_from([torch.float32, torch.float64]),
+    channels=st.integers(0, 70),
+    momentum=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    correction=st.sampled_from([1.0, 2.0, 1.0001]),
+    step=st.sampled_from([1, 3]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_update_statistics(running, batch, channels, momentum, correction, step, seed):
+    torch.manual_seed(seed)
+    mean, var = torch.randn(channels, dtype=batch), torch.rand(channels, dtype=batch)
+    before = [torch.randn(step * channels).to(running)[::step] for _ in range(2)]
+    after = [v.clone() if step == 1 else torch.empty(step * channels, dtype=running)[::step].copy_(v) for v in before]
+    ops.update_statistics_(*after, mean, var, momentum, correction)
+    shares = (mean.double(), var.double() * correction)
+    for ours, old, share in zip(after, before, shares):
+        expected = share if momentum == 1 else old.double() * (1 - momentum) + share * momentum
+        torch.testing.assert_close(ours.double(), expected, rtol=TOLERANCE[running], atol=TOLERANCE[running])
