@@ -6,7 +6,7 @@ Importing this package registers its models in timm, and teaches the tools that 
 
 from . import compatibility
 from .compatibility import install_as_inplace_abn
-from .conversion import convert, restore
+from .conversion import convert, restore, to_batchnorm
 from .layers import (
     ABN,
     InPlaceABN,
@@ -41,5 +41,6 @@ __all__ = [
     "list_models",
     "restore",
     "set_active_group",
+    "to_batchnorm",
     "use_backend",
 ]

@@ -15,6 +15,7 @@ WITH_EXAMPLES = {
     "inplace_abn": iabn_hub.inplace_abn,
     "list_models": iabn_hub.list_models,
     "load_pretrained": pretrained.load_pretrained,
+    "to_batchnorm": iabn_hub.to_batchnorm,
     "use_backend": iabn_hub.use_backend,
 }
 
