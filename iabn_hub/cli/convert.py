@@ -23,9 +23,14 @@ SHOWN = 3
     metavar="NAME",
     help="Check that the weights fit this network, such as resnext101_iabn, and state it in the file.",
 )
+@click.option(
+    "--norm-layer",
+    type=click.Choice(["abn"]),
+    help="'abn' writes the weights of the same network with standard BatchNorm: |w| + eps becomes the weight.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @json_option
-def command(given: Path, out: Path, arch: str | None, overwrite: bool, as_json: bool) -> None:
+def command(given: Path, out: Path, arch: str | None, norm_layer: str | None, overwrite: bool, as_json: bool) -> None:
     """Convert a file of weights to another layout.
 
     The suffix of OUT decides: .safetensors has the names of iabn_hub; .pth, .pth.tar and .pt have the names of
@@ -36,12 +41,13 @@ def command(given: Path, out: Path, arch: str | None, overwrite: bool, as_json: 
     Examples:
       iabn-hub convert resnext101_ipabn_lr_512.pth.tar model.safetensors --arch resnext101_iabn
       iabn-hub convert model.safetensors for_inplace_abn.pth.tar
+      iabn-hub convert model.safetensors batchnorm.safetensors --arch resnext101_iabn --norm-layer abn
     """
     if out.suffix not in LAYOUTS:
         raise click.UsageError(f"OUT is {out}: its suffix must be one of {', '.join(LAYOUTS)}")
     if out.exists() and not overwrite:
         raise click.UsageError(f"{out} exists already: name another file, or pass --overwrite")
-    report = convert(given, out, arch)
+    report = convert(given, out, arch, norm_layer)
     print_json(report) if as_json else print(_text(report))
 
 

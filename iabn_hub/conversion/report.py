@@ -82,29 +82,39 @@ class Report:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(self.table())
 
-    def _lines(self) -> Iterator[str]:
-        if self.kept is None or self.peak is None:
+    def table(self, smallest: float = 0.0) -> Iterator[str]:
+        """The lines of a table, at most 80 columns wide.
+
+        Args:
+            smallest: leave out layers that keep less than this share of all bytes.
+        """
+        if self.kept is None:
             yield f"{len(self.norms)} norms found; pass a sample to measure what is done with them"
             return
-        width = max([len(layer.name) for layer in self.layers] + [len("layer")])
-        yield f"{'layer':<{width}}  {'class':<18} {'before':>9} {'after':>9}  action"
+        yield f"{'layer':<{_NAME}} {'class':<{_KIND}} {'before':>9} {'after':>9}  action"
+        rest = Bytes(0, 0)
         for layer in self.layers:
             assert layer.kept is not None
-            action = f"{layer.action}: {layer.reason}" if layer.reason else layer.action
-            yield (
-                f"{layer.name or '(itself)':<{width}}  {layer.kind[:18]:<18} "
-                f"{_megabytes(layer.kept.before)} {_megabytes(layer.kept.after)}  {action}"
-            ).rstrip()
+            if max(layer.kept.before, layer.kept.after) < smallest * self.kept.before:
+                rest = Bytes(rest.before + layer.kept.before, rest.after + layer.kept.after)
+            else:
+                yield _row(layer.name or "(the network)", layer.kind, layer.kept, layer.action)
+        if rest.before or rest.after:
+            yield _row(f"each below {smallest:.0%}", "", rest, "")
+        yield ""
         yield from self.summary()
 
     def summary(self) -> Iterator[str]:
-        """The totals, as lines."""
+        """The totals, and why norms were left, as lines."""
         if self.kept is None or self.peak is None:
             return
         counts = [f"{self.count(action)} {text}" for action, text in _COUNTED if self.count(action)]
         yield f"norms: {', '.join(counts) or 'none found'}"
+        reasons = [layer.reason for layer in self.norms if layer.action == LEAVE]
+        for reason in dict.fromkeys(reasons):
+            yield f"  {reasons.count(reason)} left: {reason}"
         for name, found in (("kept for the backward pass", self.kept), ("peak of a training step", self.peak)):
             yield f"{name + ':':<27} {_megabytes(found.before)} to {_megabytes(found.after)} MB ({found.ratio:.2f})"
         if self.output_change is not None:
@@ -112,6 +122,14 @@ class Report:
 
 
 _COUNTED = ((RECOMPUTE, "recomputed"), (INVERT, "inverted"), (LEAVE, "left"))
+_NAME, _KIND = 33, 15  # columns
+
+
+def _row(name: str, kind: str, kept: Bytes, action: str) -> str:
+    name = name if len(name) <= _NAME else "…" + name[1 - _NAME :]
+    return (
+        f"{name:<{_NAME}} {kind[:_KIND]:<{_KIND}} {_megabytes(kept.before)} {_megabytes(kept.after)}  {action}".rstrip()
+    )
 
 
 def _megabytes(count: int) -> str:

@@ -15,6 +15,7 @@ from ..checkpoints.legacy import flat, is_legacy, to_current, to_legacy
 from ..checkpoints.weights import read_weights, save_safetensors
 from ..files import md5_of, write_atomically
 from ..models import create_model
+from ..models.pretrained import load_pretrained
 from ..models.state_dict import count_classes, fit
 from .export import CONVERTER
 
@@ -22,8 +23,12 @@ from .export import CONVERTER
 LAYOUTS = {".safetensors": "iabn_hub", ".tar": "legacy", ".pth": "legacy", ".pt": "legacy"}
 
 
-def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
+def convert(given: Path, out: Path, arch: str | None = None, norm_layer: str | None = None) -> dict[str, Any]:
     """Write the weights of `given` to `out` in the layout of its suffix; returns what changed.
+
+    Args:
+        arch: a name of `MODELS` that the weights must fit.
+        norm_layer: 'abn' writes the scales |w| + eps of in-place layers as weights of a standard BatchNorm.
 
     Raises:
         CheckpointError: they cannot be read, or are not those of a network of ours.
@@ -38,6 +43,9 @@ def convert(given: Path, out: Path, arch: str | None = None) -> dict[str, Any]:
         classes: dict[str, Any] = {} if count is None else {"num_classes": count}
         network = create_model(arch, **classes)
         fit(current, network)
+    if norm_layer is not None:
+        converted = load_pretrained(str(given), arch).rebuilt(norm_layer=norm_layer).model.state_dict()
+        current = {name: converted[name] for name in current}
     layout = LAYOUTS[out.suffix]
     names = dict(zip(current, tensors))
     names = to_legacy(names) if layout == "legacy" else names

@@ -98,6 +98,7 @@ def test_report():
     lines = str(report).splitlines()
     assert f"norms: {len(norms)} recomputed" in lines
     assert any(line.startswith("layer1.0.bn1 ") and line.endswith("recompute") for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_measured_bytes_are_those_of_autograd():

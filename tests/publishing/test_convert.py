@@ -85,3 +85,18 @@ def test_what_cannot_be_converted_is_said_and_nothing_is_written(run, tmp_path):
         code, said = run(*line)
         assert code == 2
         assert says in said
+
+
+def test_weights_for_standard_batchnorm(run, tmp_path):
+    network = a_small_network()
+    with torch.no_grad():
+        network.bn1.weight.mul_(-1)
+    given = save_legacy(tmp_path / "legacy.pth.tar", network)
+    out = tmp_path / "batchnorm.safetensors"
+    code, report = run(given, out, "--arch", "test_resnet_iabn", "--norm-layer", "abn")
+    assert (code, report["to"]) == (0, "iabn_hub")
+    options = {"norm_layer": "abn", "num_classes": CLASSES}
+    standard = iabn_hub.create_model("test_resnet_iabn", checkpoint=out, **options).eval()
+    assert torch.equal(standard.bn1.weight, network.bn1.weight.abs() + network.bn1.eps)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(standard(x), network.eval()(x), rtol=1e-5, atol=1e-5)

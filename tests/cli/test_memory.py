@@ -1,0 +1,39 @@
+"""iabn-hub memory: what a network keeps, for any name of timm or torchvision."""
+
+import json
+
+import pytest
+
+from iabn_hub.cli import main
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "torchvision.shufflenet_v2_x0_5", "test_resnet_iabn"])
+def test_table_and_json_agree(name, capsys):
+    line = ["memory", name, "--batch", "2", "--size", "64"]
+    assert main([*line, "--all"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert main([*line, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["model"], report["batch_size"], report["size"], report["dtype"]) == (name, 2, 64, "float32")
+    assert 0 < report["kept"]["after"] <= report["kept"]["before"]
+    assert f"{report['kept']['before'] / 1e6:.2f} to" in text
+    assert sum(layer["kept"]["before"] for layer in report["layers"]) == report["kept"]["before"]
+    if name == "test_resnet_iabn":
+        assert "in place already" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["resnet5"], 2, "did you mean resnet50"),
+        (["torchvision.resnet51"], 2, "did you mean torchvision.resnet50"),
+        (["nothing_like_it_at_all"], 2, "names of torchvision begin with"),
+        (["vgg11", "--size", "5"], 1, r"vgg11: a training step on images of (4, 3, 5, 5) fails: Given input size"),
+        (["resnet18", "--batch", "0"], 2, "--batch"),
+    ],
+    ids=str,
+)
+def test_errors(arguments, code, message, capsys):
+    assert main(["memory", *arguments]) == code
+    assert message in capsys.readouterr().err
