@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.modules import ABN, InPlaceABN
+from ..layers import ABN, InPlaceABN, InPlaceGroupNorm
 from ..layers.reference import effective_scale
 from .convert import restore
 
+_LAYERS = (ABN, InPlaceGroupNorm)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
-class BatchNormAct(nn.Module):
-    """A BatchNorm, a residual sum if there is one, and an activation: standard modules that tools recognise.
+class NormAct(nn.Module):
+    """A norm, a residual sum if there is one, and an activation: standard modules that tools recognise.
 
     Attributes:
-        norm: `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`.
+        norm: `BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, or `GroupNorm` for instance and group norms.
         act: `LeakyReLU`, `ELU`, `ReLU` or `Identity`.
     """
 
-    def __init__(self, norm: _BatchNorm, act: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
         self.norm = norm
         self.act = act
@@ -38,6 +43,8 @@ class BatchNormAct(nn.Module):
 
 def to_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every `InPlaceABN`, `InPlaceABNSync` and `ABN` by a BatchNorm and its activation.
+
+    `InPlaceInstanceNorm` and `InPlaceGroupNorm` become `nn.GroupNorm` and their activation.
 
     The network computes the same up to rounding, in training and eval mode. Use it before export to ONNX or
     TorchScript, quantisation, folding of norms into convolutions, or for a tool that knows only standard layers.
@@ -61,15 +68,15 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         True
     """
     model = restore(copy.deepcopy(model))
-    replaced: dict[int, BatchNormAct] = {}
+    replaced: dict[int, NormAct] = {}
     dimensions = _dimensions(model)
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if isinstance(child, ABN):
+            if isinstance(child, _LAYERS):
                 if id(child) not in replaced:
                     replaced[id(child)] = _standard(child, dimensions[id(child)])
                 module._modules[name] = replaced[id(child)]
-    return _standard(model, 2) if isinstance(model, ABN) else model
+    return _standard(model, 2) if isinstance(model, _LAYERS) else model
 
 
 def _dimensions(model: nn.Module) -> dict[int, int]:
@@ -82,7 +89,7 @@ def _dimensions(model: nn.Module) -> dict[int, int]:
             last = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
             found.update((layer, last) for layer in waiting)
             waiting.clear()
-        elif isinstance(module, ABN):
+        elif isinstance(module, _LAYERS):
             if last is None:
                 waiting.append(id(module))
             else:
@@ -90,7 +97,21 @@ def _dimensions(model: nn.Module) -> dict[int, int]:
     return found | dict.fromkeys(waiting, 2)
 
 
-def _standard(layer: ABN, dimensions: int) -> BatchNormAct:
+def _standard(layer: Any, dimensions: int) -> NormAct:
+    norm = _group_norm(layer) if isinstance(layer, InPlaceGroupNorm) else _batch_norm(layer, dimensions)
+    module = NormAct(norm, _activation(layer)).train(layer.training)
+    for name in _HOOKS:
+        setattr(module, name, getattr(layer, name))
+    return module
+
+
+def _group_norm(layer: InPlaceGroupNorm) -> Any:
+    norm: Any = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps, layer.affine)
+    norm.weight, norm.bias = layer.weight, layer.bias
+    return norm
+
+
+def _batch_norm(layer: ABN, dimensions: int) -> nn.Module:
     kind = {3: nn.BatchNorm3d, 2: nn.BatchNorm2d}.get(dimensions, nn.BatchNorm1d)
     norm = kind(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
     for name, value in (*layer._parameters.items(), *layer._buffers.items()):
@@ -99,15 +120,10 @@ def _standard(layer: ABN, dimensions: int) -> BatchNormAct:
     if isinstance(layer, InPlaceABN) and weight is not None and not layer.signed_scale:
         scale = effective_scale(weight.detach(), layer.eps, signed_scale=False)
         norm.weight = nn.Parameter(scale, requires_grad=weight.requires_grad)
-    module = BatchNormAct(norm, _activation(layer)).train(layer.training)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        setattr(module, name, getattr(layer, name))
-    for name in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
-        setattr(module, name, getattr(layer, name))
-    return module
+    return norm
 
 
-def _activation(layer: ABN) -> nn.Module:
+def _activation(layer: Any) -> nn.Module:
     if layer.activation == "leaky_relu":
         return nn.LeakyReLU(layer.activation_param)
     if layer.activation == "elu":

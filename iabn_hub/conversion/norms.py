@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..layers.activations import ELU, HARDSWISH, IDENTITY, LEAKY_RELU, RELU6, SILU, invert
 from ..layers.autograd import kernels
 from ..layers.functional import track_statistics
+from ..layers.group_norm import over_samples
 
 # What F.* makes of one tensor, for second derivatives.
 _FUNCTIONS: dict[int, Any] = {
@@ -59,59 +60,71 @@ class Normalisation:
         )  # fmt: skip
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        rows = self._rows(x)
-        if residual is not None:
-            residual = self._rows(residual)
-        y: Tensor = kernels(x).normalize(
-            rows, self.mean, self.var, self._each(self.weight, x), self._each(self.bias, x), residual, self.eps,
-            *self.activation, True,
-        )  # fmt: skip
-        return _shaped(y, x)
+        def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
+            (t, joined), (weight, bias, mean, var) = tensors, vectors
+            return [kernels(x).normalize(t, mean, var, weight, bias, joined, self.eps, *self.activation, True)], []
+
+        return self._over(run, [x, residual], [self.weight, self.bias, self.mean, self.var])[0][0]
 
     def measure(self, x: Tensor) -> Tensor:
         """The result for the statistics of x, which are remembered."""
-        affine = (self._each(self.weight, x), self._each(self.bias, x))
-        rows, self.mean, self.var = kernels(x).batch_normalize(
-            self._rows(x), *affine, None, self.eps, IDENTITY, 0.0, True
-        )
-        return _shaped(rows, x)
+
+        def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
+            y, *found = kernels(x).batch_normalize(*tensors, *vectors, None, self.eps, IDENTITY, 0.0, True)
+            return [y], found
+
+        (y,), (self.mean, self.var) = self._over(run, [x], [self.weight, self.bias])
+        return y
 
     def gradients(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dx (N, C, *) and the gradients of weight and bias, (C,) in the accumulate dtype."""
-        dx, sum_dz, sum_dz_xhat = kernels(x).gradient_from_input(
-            self._rows(x), self._rows(dy), self.mean, self.var, self._each(self.weight, x), self._each(self.bias, x),
-            self.eps, *self.activation, self.centred,
-        )  # fmt: skip
-        return _shaped(dx, x), *self._of_channels(x, sum_dz_xhat, sum_dz)
+
+        def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
+            (t, dt), (weight, bias, mean, var) = tensors, vectors
+            dx, *sums = kernels(x).gradient_from_input(
+                t, dt, mean, var, weight, bias, self.eps, *self.activation, self.centred
+            )
+            return [dx], sums
+
+        (dx,), sums = self._over(run, [x, dy], [self.weight, self.bias, self.mean, self.var])
+        return dx, *self._of_channels(x, *sums)
 
     def gradients_from_output(self, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same from the result z (N, C, *), whose activation has an inverse."""
-        rows, gradient = self._rows(z), self._rows(dz)
-        recover = (self._each(self.weight, z), self._each(self.bias, z), None, self.eps, *self.activation, True)
-        if self.centred:
-            dx, _, sum_dz, sum_dz_xhat = kernels(z).batch_gradient(rows, gradient, self.var, False, *recover)
-        else:
-            sum_dz, sum_dz_xhat = kernels(z).gradient_sums(rows, gradient, *recover)
-            dx, _ = kernels(z).input_gradient(rows, gradient, self.var, None, None, False, *recover)
-        return _shaped(dx, z), *self._of_channels(z, sum_dz_xhat, sum_dz)
+
+        def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
+            (t, dt), (weight, bias, var) = tensors, vectors
+            recover = (weight, bias, None, self.eps, *self.activation, True)
+            if self.centred:
+                dx, _, *sums = kernels(z).batch_gradient(t, dt, var, False, *recover)
+            else:
+                sums = kernels(z).gradient_sums(t, dt, *recover)
+                dx, _ = kernels(z).input_gradient(t, dt, var, None, None, False, *recover)
+            return [dx], list(sums)
+
+        (dx,), sums = self._over(run, [z, dz], [self.weight, self.bias, self.var])
+        return dx, *self._of_channels(z, *sums)
 
     def input_of(self, z: Tensor) -> Tensor:
         """x (N, C, *), recovered from the result z."""
-        rows = self._rows(z)
         dtype = self.mean.dtype
-        shape = (1, -1, *(1,) * (rows.dim() - 2))
-        x = invert(rows.to(dtype), *self.activation, torch.finfo(z.dtype).eps)
-        weight, bias = self._each(self.weight, z), self._each(self.bias, z)
-        if weight is not None and bias is not None:
-            x = x.sub_(bias.to(dtype).view(shape)).div_(weight.to(dtype).view(shape))
+        shape = (-1, z.size(1), *(1,) * (z.dim() - 2))
+        x = invert(z.to(dtype), *self.activation, torch.finfo(z.dtype).eps)
+        if self.weight is not None and self.bias is not None:
+            x = x.sub_(self.bias.to(dtype).view(shape)).div_(self.weight.to(dtype).view(shape))
         x = x.mul_((self.var + self.eps).sqrt().view(shape)).add_(self.mean.view(shape))
-        return _shaped(x.to(z.dtype), z)
+        return x.to(z.dtype)
 
-    def _of_channels(self, x: Tensor, sum_dz_xhat: Tensor, sum_dz: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums by channel of those by row."""
-        if not self.per_sample:
-            return sum_dz_xhat, sum_dz
-        return sum_dz_xhat.view(x.size(0), x.size(1)).sum(0), sum_dz.view(x.size(0), x.size(1)).sum(0)
+    def _over(self, function: Any, tensors: list[Tensor | None], vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
+        if self.per_sample:
+            return over_samples(function, tensors, vectors)
+        results: tuple[list[Tensor], list[Tensor]] = function(tensors, vectors)
+        return results
+
+    def _of_channels(self, x: Tensor, sum_dz: Tensor, sum_dz_xhat: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of weight and bias from sums by channel, or by channel of each sample."""
+        d_weight, d_bias = (v.view(-1, x.size(1)).sum(0) if self.per_sample else v for v in (sum_dz_xhat, sum_dz))
+        return d_weight, d_bias
 
     def differentiable(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The same of standard operators, which have second derivatives."""
@@ -123,21 +136,6 @@ class Normalisation:
             y = F.batch_norm(x, self.mean, self.var, weight, bias, False, 0.0, self.eps)
         z: Tensor = _FUNCTIONS[self.activation[0]](y, self.activation[1])
         return z
-
-    def _rows(self, x: Tensor) -> Tensor:
-        if not self.per_sample or x.size(0) == 1:
-            return x
-        return x.contiguous().view(1, -1, *x.shape[2:])
-
-    def _each(self, vector: Tensor | None, x: Tensor) -> Tensor | None:
-        return vector.repeat(x.size(0)) if vector is not None and self.per_sample and x.size(0) > 1 else vector
-
-
-def _shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """The same memory in the shape of `like`, but not as a view: autograd refuses to overwrite those of a function."""
-    if rows.shape == like.shape:
-        return rows
-    return rows.new_empty(0).set_(rows.untyped_storage(), 0, like.shape)  # type: ignore[call-overload]
 
 
 class _KeepsInput(torch.autograd.Function):

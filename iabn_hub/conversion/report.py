@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.modules import InPlaceABN
+from ..layers import InPlaceABN, InPlaceGroupNorm
 from .measure import Measurement
 
 RECOMPUTE, INVERT, LEAVE = "recompute", "invert", "leave"
@@ -172,7 +172,7 @@ def _reason(path: str, module: nn.Module, run: Measurement) -> str:
         return "scripted: its operators cannot be followed"
     if path not in run.ran:
         return "did not run on this sample, or within a scripted module"
-    if isinstance(module, InPlaceABN):
+    if isinstance(module, InPlaceABN | InPlaceGroupNorm):
         return "in place already"
     if isinstance(module, nn.SyncBatchNorm):
         return "synchronised: its statistics come from other processes"

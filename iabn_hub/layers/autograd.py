@@ -71,12 +71,13 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             raise RuntimeError(
                 "in-place ABN has no second derivative, which create_graph=True (a gradient penalty) asks for: use "
-                "ABN, which keeps its input and has one (in this package's networks norm_layer='abn')"
+                "ABN, which keeps its input and has one (in this package's networks norm_layer='abn'); in place of "
+                "InPlaceInstanceNorm and InPlaceGroupNorm, the layers of torch.nn"
             )
         try:
             saved = ctx.saved_tensors  # once: a checkpoint hands them out a single time
         except RuntimeError as e:
-            if not re.search(r"modified by an inplace operation.*output 0 of (Batch)?Normalize", str(e)):
+            if not re.search(r"modified by an inplace operation.*output 0 of (Batch|Group)?Normalize", str(e)):
                 raise
             raise RuntimeError(
                 "the output of an InPlaceABN, which its backward pass needs, was overwritten: use inplace=False in "

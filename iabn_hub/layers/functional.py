@@ -138,7 +138,7 @@ def _forward(
     _check(x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if not training and (running_mean is None or running_var is None):
         raise ValueError("eval mode needs running_mean and running_var; pass training=True to use the batch instead")
-    if _needs_standard_operators(given):
+    if needs_standard_operators(given):
         if training and peers.count > 1:
             raise RuntimeError("a synchronised layer in training cannot be traced or transformed: use eval mode")
         scale = None if weight is None else reference.effective_scale(weight, eps, signed_scale)
@@ -212,7 +212,7 @@ def _normalize(
     return _overwritten(y) if inplace else y
 
 
-def _needs_standard_operators(tensors: list[Tensor]) -> bool:
+def needs_standard_operators(tensors: list[Tensor]) -> bool:
     """Whether an exporter, a tracer or a transform is at work, which the layer's own operators have no rules for."""
     if torch.compiler.is_compiling():
         exporting: bool = torch.compiler._is_exporting_flag  # is_exporting() is True in all compiled code of torch 2.10

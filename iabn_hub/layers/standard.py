@@ -41,6 +41,11 @@ def batch_norm_act(
         running_var.copy_(var)
     if residual is not None:
         y = y + residual.to(y.dtype)
+    return activate(y, activation, activation_param)
+
+
+def activate(y: Tensor, activation: str, activation_param: float) -> Tensor:
+    """act(y), which overwrites y; TorchScript compiles it."""
     if activation == "relu":
         return F.relu(y, inplace=True)
     if activation == "leaky_relu":

@@ -11,7 +11,7 @@ from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 from torch.fx.experimental.optimization import fuse
 
 import iabn_hub
-from iabn_hub.conversion import BatchNormAct
+from iabn_hub.conversion import NormAct
 
 # One of each family.
 FAMILIES = ["resnet18_iabn", "resnext50_iabn", "wider_resnet16_iabn", "densenet121_iabn", "test_resnet_deeplab3_iabn"]
@@ -119,9 +119,19 @@ def test_the_layer_itself_and_frozen_statistics():
     layer = iabn_hub.InPlaceABN(4)
     layer.freeze_running_stats()
     standard = iabn_hub.to_batchnorm(layer)
-    assert isinstance(standard, BatchNormAct)
+    assert isinstance(standard, NormAct)
     x = torch.randn(2, 4, 5, 5)
     assert_same(standard(x.clone()), layer(x.clone()), 1e-6)
+
+
+def test_instance_and_group_norm():
+    model = nn.Sequential(
+        iabn_hub.InPlaceInstanceNorm(4, affine=True), iabn_hub.InPlaceGroupNorm(2, 4, activation="elu")
+    )
+    standard = iabn_hub.to_batchnorm(model)
+    x = torch.randn(2, 4, 5, 5)
+    assert_same(standard(x.clone()), model(x.clone()), 1e-5)
+    assert [type(m) for m in standard.modules()][2:] == [nn.GroupNorm, nn.LeakyReLU, NormAct, nn.GroupNorm, nn.ELU]
 
 
 def test_a_converted_network_loses_its_conversion():

@@ -78,7 +78,7 @@ def test_gradients_are_those_of_batchnorm_whatever_the_scales(scales, bias, join
     def exact(x, weight, bias):
         z = F.batch_norm(x, None, None, weight, bias, True)
         # The sign that the stored output has decides the slope, as in the layer.
-        return torch.where(y < 0, 0.01, 1.0).double() * (z if shortcut is None else z + shortcut.double())
+        return torch.where(y > 0, 1.0, 0.01).double() * (z if shortcut is None else z + shortcut.double())
 
     wanted = gradients(exact, x.double(), layer.weight.double(), layer.bias.double())
     for channel, scale in enumerate(scales):
