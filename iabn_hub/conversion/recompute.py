@@ -5,6 +5,8 @@ A tensor that several operators saved is computed once, and dropped when the las
 
 from __future__ import annotations
 
+import itertools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,9 @@ import torch
 from torch import Tensor
 
 LONGEST_CHAIN = 100  # of recipes that are computed from each other; then a tensor is kept again
+SHORT_CHAIN = 3  # up to this length it is computed again as a whole
+SOON = 8  # saved tensors: a recomputed tensor stays if the next to ask for it is no further away
+_numbers = itertools.count(1)  # of slots, in the order in which autograd saved
 Geometry = tuple[torch.Size, tuple[int, ...], int]  # size, stride, storage offset
 
 
@@ -58,22 +63,17 @@ class Recipe:
         self.autocast = _autocast_state(of.device.type)
         self.version = of._version
         self.alive: Any = weakref.ref(of)
-        self.users = 0  # that have saved it and not yet asked for it
+        self.users: list[int] = []  # numbers of the slots that have it and were not yet asked for it
         self.copy: Tensor | None = None
         self.depth: int = 1 + max([source.recipe.depth for source in sources if isinstance(source, View)], default=0)
         self.is_free = False  # known to need nothing that is not kept
 
-    def get(self) -> Tensor:
-        """The tensor, with the strides it had."""
+    def get(self, number: int = 0) -> Tensor:
+        """The tensor, with the strides it had, for the slot of that number."""
         t = self.shared()
         if t is None:
-            with torch.no_grad(), torch.autocast(self.device.type, **self.autocast):
-                t = self.function(*(source.get() for source in self.sources))
-            if t.stride() != self.stride:
-                strided = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-                t = strided.copy_(t)
-            self.alive, self.version = weakref.ref(t), t._version
-        if self.users > 0:  # by the others, and by those who compute theirs from it
+            t = self._compute_all(number)
+        if self._is_wanted_soon(number):
             self.copy = t
         return t.detach() if t.requires_grad else t
 
@@ -82,11 +82,68 @@ class Recipe:
         t = self.copy if self.copy is not None else self.alive()
         return t if t is not None and t._version == self.version else None
 
-    def used(self) -> None:
-        """One of those who saved it has it."""
-        self.users -= 1
-        if self.users <= 0:
+    def used(self, number: int) -> None:
+        """The slot of that number has it."""
+        if number in self.users:
+            self.users.remove(number)
+        if not self.users:
             self.copy = None
+
+    def _is_wanted_soon(self, number: int) -> bool:
+        """Whether the next slot to be asked for it, in reverse order, was made shortly before that of this number."""
+        return bool(self.users) and number - max(self.users) < SOON
+
+    def _compute_all(self, number: int) -> Tensor:
+        """Compute what it is computed from, as far as nobody holds that, and then the tensor itself.
+
+        What comes between lives until its last use; of a long chain every so manieth stays for those who ask later, so
+        that the number of tensors and the work for each of them grow with the square root of the length.
+        """
+        pending = self._pending()
+        distance = math.isqrt(len(pending) - 1) + 1 if len(pending) > SHORT_CHAIN else len(pending)
+        last_use = {id(view.recipe): i for i, recipe in enumerate(pending) for view in recipe._views()}
+        values: dict[int, Tensor] = {}
+        for i, recipe in enumerate(pending):
+            t = recipe._compute(values)
+            if recipe is not self:
+                values[id(recipe)] = t
+                if recipe.users and ((len(pending) - 1 - i) % distance == 0 or recipe._is_wanted_soon(number)):
+                    recipe.copy = t
+            for view in recipe._views():
+                if last_use[id(view.recipe)] == i:
+                    values.pop(id(view.recipe), None)
+        return t
+
+    def _pending(self) -> list[Recipe]:
+        """The recipes that have to be computed for this one, which is the last; sources before what they serve."""
+        found: dict[int, Recipe] = {}
+        stack: list[tuple[Recipe, bool]] = [(self, False)]
+        while stack:
+            recipe, complete = stack.pop()
+            if complete:
+                found[id(recipe)] = recipe
+            elif id(recipe) not in found:
+                stack.append((recipe, True))
+                stack.extend((view.recipe, False) for view in recipe._views() if view.recipe.shared() is None)
+        return list(found.values())
+
+    def _views(self) -> list[View]:
+        return [source for source in self.sources if isinstance(source, View)]
+
+    def _compute(self, values: dict[int, Tensor]) -> Tensor:
+        """The tensor from its sources, of which `values` has some by id."""
+        given = [
+            source.view_of(values[id(source.recipe)]) if isinstance(source, View) and id(source.recipe) in values
+            else source.get()
+            for source in self.sources
+        ]  # fmt: skip
+        with torch.no_grad(), torch.autocast(self.device.type, **self.autocast):
+            t = self.function(*given)
+        if t.stride() != self.stride:
+            strided = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+            t = strided.copy_(t)
+        self.alive, self.version = weakref.ref(t), t._version
+        return t
 
     def missing(self, kept: set[int], found: dict[int, Kept] | None = None) -> dict[int, Kept] | None:
         """What would have to be kept for it, by storage; None if the chain is too long."""
@@ -119,8 +176,11 @@ class View:
     def whole(self) -> bool:
         return self.geometry == (self.recipe.size, self.recipe.stride, 0)
 
-    def get(self) -> Tensor:
-        t = self.recipe.get()
+    def get(self, number: int = 0) -> Tensor:
+        return self.view_of(self.recipe.get(number))
+
+    def view_of(self, t: Tensor) -> Tensor:
+        """The view, of the recipe's tensor."""
         return t if self.whole else t.as_strided(*self.geometry)
 
 
@@ -141,19 +201,23 @@ class Slot:
     """What autograd holds in place of a saved tensor."""
 
     def __init__(self, content: Kept | View | Inverse) -> None:
+        self.number = next(_numbers)
         self.content: Kept | View | Inverse
         self.hold(content)
 
     def hold(self, content: Kept | View | Inverse) -> None:
         self.content = content
         if isinstance(content, View):
-            content.recipe.users += 1
+            content.recipe.users.append(self.number)
 
     def get(self) -> Tensor:
-        t = self.content.get()
-        if isinstance(self.content, View):
-            self.content.recipe.used()
-        return t
+        if not isinstance(self.content, View):
+            return self.content.get()
+        recipe = self.content.recipe
+        held = recipe.copy  # which the last of its users lets go
+        recipe.used(self.number)
+        t = self.content.view_of(held) if held is not None and held._version == recipe.version else None
+        return self.content.get(self.number) if t is None else t
 
     def tensors(self) -> list[Tensor]:
         """Those that this holds in memory."""

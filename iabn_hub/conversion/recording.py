@@ -151,7 +151,7 @@ class Recording(TorchFunctionMode):
             for slot in self.extra.pop(storage_of(t), ()) if isinstance(t, Tensor) and self.extra else ():
                 if isinstance(slot.content, View):
                     content = slot.content.get()
-                    slot.content.recipe.used()
+                    slot.content.recipe.used(slot.number)
                     slot.hold(Kept(content))
                 elif isinstance(slot.content, Inverse):
                     sources = slot.content.recipe.sources
