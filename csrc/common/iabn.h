@@ -20,7 +20,12 @@ namespace iabn {
 
 enum class Dtype { f32, f64, bf16, f16 };
 enum class Activation : int64_t {  // as in layers/activations.py; the last three have no inverse
-  identity = 0, leaky_relu = 1, elu = 2, silu = 3, hardswish = 4, relu6 = 5
+  identity = 0,
+  leaky_relu = 1,
+  elu = 2,
+  silu = 3,
+  hardswish = 4,
+  relu6 = 5
 };
 
 struct ActivationOptions {

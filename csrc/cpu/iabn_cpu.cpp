@@ -329,15 +329,20 @@ std::tuple<Tensor, Tensor> input_gradient(const Tensor& y, const Tensor& dy, con
 }
 
 // Both passes of a training step's backward: the second reads a channel while it is in the cache. Calls centre(c) when
-// the sums of channel c are known.
+// the sums of channel c are known. With `dz_first`, dz is computed once, into the memory of dx, and read from there.
 template <typename T, typename Centre>
-void sums_and_gradient(const Kernels& k, const ActivationOptions& a, const Walk& w, Vectors<T>& v, Sums& sums,
-                       Centre centre) {
-  const auto& o = w.operands;
+void sums_and_gradient(const Kernels& k, ActivationOptions a, Walk w, Vectors<T>& v, Sums& sums, Centre centre,
+                       bool dz_first = false) {
   int64_t parts = parts_of(w.shape), splits = splits_of(w.shape, parts);
   Channels<T> channels = v.view();
+  Walk whole = w;  // from which dz is computed
+  whole.operands[4] = whole.operands[3], whole.operands[3] = Operand();
+  const ActivationOptions given = a;
+  if (dz_first) w.operands[1] = w.operands[3], a.kind = Activation::identity;
+  const auto &o = w.operands, &f = whole.operands;
   if (!w.shape.rows && splits == 1) {
     over_blocks(w.shape, parts, 1, [&](int64_t c, int64_t, int64_t first, int64_t last) {
+      if (dz_first) k.block_gradient(w.shape, given, f[0], f[1], f[2], f[3], f[4], &channels, c, first, last);
       double pair[2];
       k.block_sums(w.shape, a, o[0], o[1], o[2], &channels, c, first, last, pair);
       sums.dz[c] = pair[0], sums.dz_xhat[c] = pair[1];
@@ -346,6 +351,7 @@ void sums_and_gradient(const Kernels& k, const ActivationOptions& a, const Walk&
     });
     return;
   }
+  if (dz_first) gradient_pass(k, given, whole, v, parts);
   if (w.shape.rows) sums_by_rows(k, a, w, v, parts, sums);
   else sums_by_blocks(k, a, w, v.view(), parts, splits, sums);
   for (int64_t c = 0; c < w.shape.channels; ++c) centre(c);
@@ -389,13 +395,19 @@ std::tuple<Tensor, Tensor, Tensor> gradient_from_input(const Tensor& x, const Te
     ActivationOptions a = activation_options(activation, param, dtype_of(x));
     a.from_input = true;
     double count = double(w.shape.per_channel());
+    // An exponential costs more than another pass over the cache, but a stored dz must not be rounded.
+    bool exponential = a.kind == Activation::silu || a.kind == Activation::elu;
+    bool exact = dtype_of(x) == Dtype::f32 || dtype_of(x) == Dtype::f64;
     with_accumulator(x, [&](auto zero) {
       Vectors<decltype(zero)> v(affine);
       if (centred) v.centre();
       for (int64_t c = 0; c < n; ++c) v.set_from_input(affine, c, means[c], vars[c]);
-      sums_and_gradient(kernels_for(dtype_of(x)), a, w, v, sums, [&](int64_t c) {
-        if (centred) v.set_backward_from_input(c, sums.dz[c] / count, sums.dz_xhat[c] / count);
-      });
+      sums_and_gradient(
+          kernels_for(dtype_of(x)), a, w, v, sums,
+          [&](int64_t c) {
+            if (centred) v.set_backward_from_input(c, sums.dz[c] / count, sums.dz_xhat[c] / count);
+          },
+          exponential && exact);
     });
   }
   return {dx, per_channel(x, sums.dz), per_channel(x, sums.dz_xhat)};

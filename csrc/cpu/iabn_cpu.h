@@ -56,6 +56,7 @@ struct Kernels {
                      const void* channels, int64_t channel, int64_t first, int64_t last, double sums[2]);
   void (*block_normalize)(const Shape&, const ActivationOptions&, const Operand& x, const Operand& r, const Operand& y,
                           const void* channels, int64_t channel, int64_t first, int64_t last);
+  // dx and dz, each unless its operand is empty.
   void (*block_gradient)(const Shape&, const ActivationOptions&, const Operand& y, const Operand& dy, const Operand& r,
                          const Operand& dx, const Operand& dz, const void* channels, int64_t channel, int64_t first,
                          int64_t last);

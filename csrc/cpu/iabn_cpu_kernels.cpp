@@ -57,7 +57,8 @@ void gradient_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const Stor
     if constexpr (A::from_input) return recover<along, false, F>(at, y, dy, r, c, act).first;
     else return act.gradient(get<F>(y, at), get<F>(dy, at));
   };
-  if (c.slope != nullptr) {
+  if (dx == nullptr) {  // dz alone
+  } else if (c.slope != nullptr) {
     map<F, T, in_pairs>(n, dx, [=](auto at) {
       auto [dz, z] = recover<along, joined, F>(at, y, dy, r, c, act);
       return gradient_of_x(dz, z, lane<along>(c.scale, at), lane<along>(c.slope, at), lane<along>(c.intercept, at));
@@ -65,7 +66,7 @@ void gradient_run(int64_t n, const Stored<F>* y, const Stored<F>* dy, const Stor
   } else {  // eval mode
     map<F, T, in_pairs>(n, dx, [=](auto at) { return dz_at(at) * lane<along>(c.scale, at); });
   }
-  if (joined && dz_out != nullptr) map<F, T, in_pairs>(n, dz_out, dz_at);
+  if ((joined || A::from_input) && dz_out != nullptr) map<F, T, in_pairs>(n, dz_out, dz_at);
 }
 
 // The mean goes into the shift where x has few digits, which float32 does not lose in a sum.
@@ -272,10 +273,10 @@ void block_gradient(const Shape& s, const ActivationOptions& a, const Operand& y
     for_blocks(s, operands, channel, first, last, [&](const int64_t* at, int64_t n) {
       const auto *yp = load<F>(y, at[0], y.inner, n, yb), *dp = load<F>(dy, at[1], dy.inner, n, db);
       const auto* rp = load_residual<F>(r, at[2], r.inner, n, rb);
-      auto* xp = place<F>(dx, at[3], dx.inner, n, xb);
+      auto* xp = dx ? place<F>(dx, at[3], dx.inner, n, xb) : nullptr;
       auto* zp = dz ? place<F>(dz, at[4], dz.inner, n, zb) : nullptr;
       gradient_run<false, joined.value, F>(n, yp, dp, rp, xp, zp, c, act);
-      store<F>(dx, at[3], dx.inner, n, xp, xb);
+      if (dx) store<F>(dx, at[3], dx.inner, n, xp, xb);
       if (dz) store<F>(dz, at[4], dz.inner, n, zp, zb);
     });
   });
@@ -382,10 +383,10 @@ void row_gradient(const Shape& s, const ActivationOptions& a, const Operand& y, 
       for_rows(s, operands, r0, r1, c0, [&](const int64_t* at) {
         const auto *yp = load<F>(y, at[0], y.channel, n, yb), *dp = load<F>(dy, at[1], dy.channel, n, db);
         const auto* rp = load_residual<F>(r, at[2], r.channel, n, rb);
-        auto* xp = place<F>(dx, at[3], dx.channel, n, xb);
+        auto* xp = dx ? place<F>(dx, at[3], dx.channel, n, xb) : nullptr;
         auto* zp = dz ? place<F>(dz, at[4], dz.channel, n, zb) : nullptr;
         gradient_run<true, joined.value, F>(n, yp, dp, rp, xp, zp, c, act);
-        store<F>(dx, at[3], dx.channel, n, xp, xb);
+        if (dx) store<F>(dx, at[3], dx.channel, n, xp, xb);
         if (dz) store<F>(dz, at[4], dz.channel, n, zp, zb);
       });
     });

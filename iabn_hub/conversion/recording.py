@@ -243,6 +243,8 @@ class Recording(TorchFunctionMode):
     # ---- other functions
 
     def _recomputed(self, function: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():  # such as counters of batches
+            return function(*args, **kwargs)
         call = read_call(name, args, kwargs)
         if call is None or not all(type(t) in _PLAIN for t in call.tensors):
             result = function(*args, **kwargs)
