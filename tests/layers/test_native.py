@@ -221,7 +221,7 @@ def test_gradient_from_input(shape, dtype, layouts, activation, flags, distribut
     unsure = [(z.detach() - kink).abs() < 10 * loose for kink in KINKS.get(activation[0], ())]
     if layouts[1] != "expanded" or any(near.any() for near in unsure):
         dy = in_layout(functools.reduce(lambda t, near: t.masked_fill(near, 0), unsure, dy.clone()), layouts[1])
-    # Contiguous: the backward pass of torch 2.14's batch_norm permutes some strided gradients.
+    # All contiguous: the backward pass of torch 2.14's batch_norm permutes some strided gradients.
     FUNCTIONS[activation[0]](z, activation[1]).backward(dy.double().clone(memory_format=torch.contiguous_format))
     xhat = F.batch_norm(x64.detach(), *given, None, None, centred)
     dz, xhat = 1.2 * per_channel(dy), per_channel(xhat)
