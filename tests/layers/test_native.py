@@ -206,7 +206,7 @@ def test_gradient_from_input(shape, dtype, layouts, activation, flags, distribut
     bias = torch.randn(shape[1]) if affine else None
     found = reference.statistics(x)
     x64, w64, b64 = (
-        t.double().detach().requires_grad_()
+        t.double().clone(memory_format=torch.contiguous_format).requires_grad_()
         for t in (
             x,
             torch.ones(shape[1]) if weight is None else weight,
