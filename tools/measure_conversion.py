@@ -10,7 +10,8 @@ Each network is randomly initialised and measured in a process of its own, by tr
 images: norms recomputed, inverted and left; bytes kept for the backward pass and the peak of a step beyond parameters
 and gradients, before and after; the time of a step, as the median ratio of paired steps; and in float64 the largest
 difference of outputs and of gradients, relative to the largest value of each tensor. Results are appended to
-results.jsonl as they come, and networks that are in it already are skipped.
+results.jsonl as they come; networks that are in it already are skipped. --only time, memory or float64 measures one of
+them, for instance the time when nothing else runs, and the table joins what was measured of each network.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from iabn_hub.conversion.measure import caller
 BATCH, SIZE = 4, 224
 ROUNDS = 7
 SECONDS = 1200  # for one network
+PARTS = {"float64": "outputs", "memory": "kept", "time": "step"}  # what is measured, and a key of its results
 
 TORCHVISION = (
     "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet inception_v3 mobilenet_v2 "
@@ -196,21 +198,22 @@ def step_ratio(model, sample, rounds):
     return statistics.median(ratios), statistics.median(plain)
 
 
-def measure(name, rounds):
+def measure(name, parts, rounds):
     torch.manual_seed(1)
     model, sample = create(name)
     model.train()
     row = {"network": name, "machine": describe_machine("cpu")}
-    of_outputs, of_gradients = differences(model, sample)
-    report = iabn_hub.convert(copy.deepcopy(model), sample)
-    reasons = [layer.reason for layer in report.norms if layer.action == "leave"]
-    row |= {
-        "recomputed": report.count("recompute"), "inverted": report.count("invert"), "left": len(reasons),
-        "reasons": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
-        "kept": [report.kept.before, report.kept.after], "peak": [report.peak.before, report.peak.after],
-        "outputs": of_outputs, "gradients": of_gradients,
-    }  # fmt: skip
-    if rounds:
+    if "float64" in parts:
+        row["outputs"], row["gradients"] = differences(model, sample)
+    if "memory" in parts:
+        report = iabn_hub.convert(copy.deepcopy(model), sample)
+        reasons = [layer.reason for layer in report.norms if layer.action == "leave"]
+        row |= {
+            "recomputed": report.count("recompute"), "inverted": report.count("invert"), "left": len(reasons),
+            "reasons": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+            "kept": [report.kept.before, report.kept.after], "peak": [report.peak.before, report.peak.after],
+        }  # fmt: skip
+    if "time" in parts:
         row["step"], row["seconds"] = step_ratio(model, sample, rounds)
     return row
 
@@ -225,39 +228,49 @@ def table(rows):
         if "error" in row:
             yield f"| {row['network']} | not measured: {row['error']} | | | | |"
             continue
-        counts = [f"{row[key]} {key}" for key in ("recomputed", "inverted", "left") if row[key]]
-        sizes = [f"{a / 1e6:.0f} → {b / 1e6:.0f} ({b / a:.2f})" for a, b in (row["kept"], row["peak"])]
+        counts = [f"{row[key]} {key}" for key in ("recomputed", "inverted", "left") if row.get(key)]
+        sizes = [
+            f"{a / 1e6:.0f} → {b / 1e6:.0f} ({b / a:.2f})" for a, b in (row.get(k, (1, 0)) for k in ("kept", "peak"))
+        ]
         ratio = f"{row['step']:.2f}" if "step" in row else ""
-        same = f"{row['outputs']:.0e}, {row['gradients']:.0e}"
+        same = f"{row['outputs']:.0e}, {row['gradients']:.0e}" if "outputs" in row else ""
         cells = (row["network"], ", ".join(counts) or "none", *sizes, ratio, same)
         yield f"| {' | '.join(cells)} |"
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """One row for each network, of all that was measured of it."""
+    rows = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        row = json.loads(line)
+        rows.setdefault(row["network"], {}).update(row)
+    return list(rows.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"default: all {len(NETWORKS)}")
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="paired steps to time; 0: none (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="paired steps to time (default: %(default)s)")
+    parser.add_argument("--only", choices=sorted(PARTS), help="measure this alone")
     parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of these results, and stop")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.table:
         print("\n".join(table(read(given.table))))
         return
+    parts = [given.only] if given.only else list(PARTS)
     if given.one:
-        print(json.dumps(measure(given.networks[0], given.rounds)))
+        print(json.dumps(measure(given.networks[0], parts, given.rounds)))
         return
     unknown = [name for name in given.networks if name not in NETWORKS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; networks are {', '.join(NETWORKS)}")
-    done = {row["network"] for row in read(given.results)}
+    done = {row["network"] for row in read(given.results) if all(PARTS[part] in row for part in parts)}
     names = [name for name in given.networks or NETWORKS if name not in done]
     for number, name in enumerate(names, 1):
         line = [sys.executable, __file__, name, "--one", "--rounds", str(given.rounds)]
+        line += ["--only", given.only] if given.only else []
         try:
             run = subprocess.run(line, capture_output=True, text=True, timeout=SECONDS, check=False)
             error = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]

@@ -67,6 +67,16 @@ class Call:
         self.is_norm = name in _NORMS
 
 
+class Concatenation:
+    """Its arguments in one tensor: what else concatenates them needs the same parts, as in DenseNet."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def __call__(self, *parts: Tensor) -> Tensor:
+        return torch.cat(parts, self.dim)
+
+
 def is_known(name: str) -> bool:
     return name in _NAMES
 
@@ -81,7 +91,7 @@ def read_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call 
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         if not isinstance(tensors, list | tuple) or not isinstance(dim, int):
             return None
-        return Call(base, lambda *parts: torch.cat(parts, dim), list(tensors), False)
+        return Call(base, Concatenation(dim), list(tensors), False)
     if base in _BINARY:
         return _binary(base, args, kwargs, overwrites)
     if not args or not isinstance(args[0], Tensor):

@@ -23,7 +23,7 @@ from ..layers.activations import ELU, LEAKY_RELU
 from ..layers.degenerate import RENEWAL, can_look, unrecoverable_channels
 from . import norms
 from .norms import Activate, Normalisation
-from .operators import Call, is_known, read_call
+from .operators import Call, Concatenation, is_known, read_call
 from .recompute import Inverse, Kept, Recipe, Slot, View, geometry, storage_of
 
 METHODS = ("auto", "recompute", "invert")
@@ -137,7 +137,10 @@ class Recording(TorchFunctionMode):
             return False
         t = slot.content.tensor
         missing = recipe.missing(self.kept)
-        if missing is None or sum(k.tensor.untyped_storage().nbytes() for k in missing.values()) >= _bytes(t):
+        if missing is None:
+            return False
+        saved = _bytes(t) - sum(_bytes(k.tensor) for k in missing.values())
+        if saved < 0 or (saved == 0 and not isinstance(recipe.function, Concatenation)):
             return False
         slot.hold(View(recipe, geometry(t)))
         self.kept.update(missing)
