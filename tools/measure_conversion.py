@@ -163,8 +163,13 @@ def moved(sample, dtype):
 
 def differences(model, sample):
     """Largest relative difference in float64 of outputs and of gradients, converted to not converted."""
-    if isinstance(sample, torch.Tensor):
-        sample = sample[:2]  # half of the batch: float64 takes long
+    if isinstance(sample, torch.Tensor) and sample.dim() == 4:  # float64 takes long: less of each image, if that does
+        small = sample[:2, :, :128, :128]
+        try:
+            copy.deepcopy(model)(small)
+            sample = small
+        except (RuntimeError, AssertionError, ValueError):
+            sample = sample[:2]
     results = []
     for convert in (False, True):
         network = copy.deepcopy(model).double().train()

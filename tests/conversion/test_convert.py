@@ -18,7 +18,7 @@ from .networks import KINDS, conv_norm, make
 
 # Share of the bytes that remains, at most. GroupNorm, LayerNorm and GELU are recomputed, which saves less.
 RATIOS = {
-    "resnet": 0.65, "densenet": 0.7, "mobilenet": 0.55, "efficientnet": 0.5, "convnext": 0.95, "yolo": 0.45,
+    "resnet": 0.65, "densenet": 0.45, "mobilenet": 0.55, "efficientnet": 0.5, "convnext": 0.95, "yolo": 0.45,
     "unet3d": 0.65, "group_norm": 0.75, "sequence": 0.75, "unknown": 0.65,
 }  # fmt: skip
 
