@@ -1,4 +1,4 @@
-"""Small networks of each kind that people train, written as their libraries write them."""
+"""Small networks of each kind that people train, written as their libraries write them, and what they compute."""
 
 import timm
 import torch
@@ -143,3 +143,23 @@ def make(kind, dtype=torch.float64):
             if p.dim() == 1 and name.endswith("weight"):
                 p.uniform_(0.5, 1.5).mul_((torch.rand_like(p) > 0.2).to(dtype) * 2 - 1)
     return model
+
+
+def images(count=4, dtype=torch.float64):
+    return torch.randn(count, 3, 32, 32, dtype=dtype)
+
+
+def gradients(model, x, loss=lambda y: (y.sin() * y).sum()):
+    """The outputs, and the gradients of the input and of all parameters."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(loss(y), [x, *(p for p in model.parameters() if p.requires_grad)])]
+
+
+def assert_equal(ours, theirs, tolerance=1e-9):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        if a.numel():
+            assert (a.double() - b.double()).abs().max() <= tolerance * max(1, b.double().abs().max())
