@@ -78,9 +78,11 @@ def from_torchvision(name):
     options = {"weights": None, "weights_backbone": None} if name in (*DETECTION, *SEGMENTATION) else {"weights": None}
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
+    side = 320  # of images for detection, which are scaled to 800 otherwise
+    if "rcnn" in name or "retinanet" in name:
+        options |= {"min_size": side, "max_size": side}
     model = torchvision.models.get_model(name, **options)
     if name in DETECTION:
-        side = 320
         target = {"boxes": torch.tensor([[20.0, 30.0, 200.0, 220.0]]), "labels": torch.tensor([1])}
         return model, ([torch.rand(3, side, side) for _ in range(2)], [dict(target) for _ in range(2)])
     return model, images(BATCH, 3, *[299 if name == "inception_v3" else SIZE] * 2)
@@ -248,7 +250,9 @@ def read(path):
     rows = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
-        rows.setdefault(row["network"], {}).update(row)
+        before = rows.setdefault(row["network"], {})
+        before.pop("error", None)
+        before.update(row)
     return list(rows.values())
 
 

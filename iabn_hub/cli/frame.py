@@ -210,8 +210,8 @@ def usage_errors() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON."""
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    """Print a value as JSON, in ASCII: it is JSON on a terminal of any encoding."""
+    print(json.dumps(value, indent=1))
 
 
 def console() -> Console:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -194,7 +195,7 @@ def cpu_build(levels: dict[str, list[str]] | None = None) -> Build:
     """The CPU library, for the instruction sets of this machine or for those given."""
     cxx, csrc = compiler(), sources()
     levels = levels_here() if levels is None else levels
-    common = f"-I{_quoted(csrc / 'common')}"
+    common = _argument(f"-I{csrc / 'common'}")
     tables = [f"-DIABN_{level[1:].upper()}" for level in levels]
     edges = [
         _edge("cxx", "driver", csrc / "cpu" / "iabn_cpu.cpp", [*COMMON, *DRIVER_FLAGS, common, *tables, *_headers()])
@@ -214,41 +215,44 @@ def cuda_build(architectures: Iterable[str], extra: Iterable[str] = ()) -> Build
         number = architecture.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
         codes.append(f"-gencode=arch=compute_{number},code={code}")
-    common, include = (f"-I{_quoted(folder)}" for folder in (csrc / "common", home / "include"))
+    common, include = (_argument(f"-I{folder}") for folder in (csrc / "common", home / "include"))
     driver = [*COMMON, *DRIVER_FLAGS, "-DUSE_CUDA", common, include, *_headers()]
     edges = [_edge("cxx", "driver", csrc / "cuda" / "iabn_cuda.cpp", driver)]
     for dtype in CUDA_DTYPES:
         flags = [*CUDA_FLAGS, common, *codes, *extra, f"-DIABN_DTYPE={dtype}"]
         edges.append(_edge("nvcc", dtype, csrc / "cuda" / "iabn_cuda_kernels.cu", flags))
     # The runtime is linked statically: it serves whatever CUDA runtime of the same major version torch brings.
-    libraries = [f"-L{_quoted(cudart_folder(home) or home)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    libraries = [_argument(f"-L{cudart_folder(home) or home}"), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     libraries += ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda"]
     nvcc = str(home / "bin" / "nvcc")
     text = _ninja_file("iabn_cuda", cxx, nvcc, ["driver", *CUDA_DTYPES], libraries, edges)
     return Build("iabn_cuda", (cxx, nvcc), text)
 
 
-def _quoted(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def _argument(text: str) -> str:
+    """One argument of a command: quoted for the shell, and then for ninja."""
+    return shlex.quote(text).replace("$", "$$")
 
 
 def _headers() -> list[str]:
-    return [f"-I{_quoted(Path(torch.__file__).parent / 'include')}"]
+    return [_argument(f"-I{Path(torch.__file__).parent / 'include'}")]
 
 
 def _edge(rule: str, name: str, source: Path, flags: list[str]) -> str:
-    return f"build {name}.o: {rule} {_quoted(source)}\n  flags = {' '.join(flags)}"
+    path = re.sub("[$ :]", r"$\g<0>", str(source))  # ninja quotes it for the shell
+    return f"build {name}.o: {rule} {path}\n  flags = {' '.join(flags)}"
 
 
 def _ninja_file(name: str, cxx: str, nvcc: str, objects: list[str], libraries: list[str], edges: list[str]) -> str:
-    torch_lib = _quoted(Path(torch.__file__).parent / "lib")
+    torch_lib = _argument(f"-L{Path(torch.__file__).parent / 'lib'}")
+    cxx, nvcc = _argument(cxx), _argument(nvcc)
     lines = [
         "rule cxx",
         f"  command = {cxx} $flags -c $in -o $out",
         "rule nvcc",
         f"  command = {nvcc} -ccbin {cxx} $flags -c $in -o $out",
         "rule link",
-        f"  command = {cxx} -shared $in -o $out -L{torch_lib} {' '.join(libraries)}",
+        f"  command = {cxx} -shared $in -o $out {torch_lib} {' '.join(libraries)}",
         *edges,
         f"build {name}.so: link {' '.join(f'{each}.o' for each in objects)}",
     ]
