@@ -1,10 +1,11 @@
-"""Files that are whole or not there: atomic writing, digests, and a lock between processes."""
+"""Files that are whole or not there, and whose owner is trusted: atomic writing, digests, locks, permissions."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,37 @@ import filelock
 
 class LockTimeoutError(TimeoutError):
     """Another process has held a lock for longer than this one waits."""
+
+
+class UntrustedError(PermissionError):
+    """Another user owns a file, or can write it or replace it."""
+
+
+def require_trusted(path: Path) -> None:
+    """Make sure that only this user and root can change what is executed or shown from `path`.
+
+    The file, if it exists, and the folders above it must belong to this user or to root, and no other user may write
+    them. A folder with the sticky bit, such as /tmp, may be writable: its entries are safe from other users.
+
+    Raises:
+        UntrustedError: names the first place where this is not so.
+    """
+    if not hasattr(os, "getuid"):  # Windows: there is no such mode
+        return
+    path = path.absolute()
+    for place in dict.fromkeys([path, *path.parents, path.resolve(), *path.resolve().parents]):
+        try:
+            found = place.lstat()
+        except OSError:  # it is not there, or nothing can be read from it either
+            continue
+        # The mode of a link means nothing; its target is looked at as well.
+        found_mode = 0 if stat.S_ISLNK(found.st_mode) else found.st_mode
+        if found.st_uid not in (os.getuid(), 0):
+            raise UntrustedError(f"{place} belongs to another user (number {found.st_uid})")
+        own_group = found.st_gid == 0 or found.st_gid == os.getgid() == os.getuid()  # a group of this user alone
+        writable = found_mode & stat.S_IWOTH or (found_mode & stat.S_IWGRP and not own_group)
+        if writable and not (stat.S_ISDIR(found_mode) and found_mode & stat.S_ISVTX):
+            raise UntrustedError(f"{place} can be written by other users (mode {stat.S_IMODE(found_mode):o})")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -45,13 +77,15 @@ def _digest_of(path: Path, algorithm: str) -> str:
 
 @contextlib.contextmanager
 def locked(target: Path, timeout: float) -> Iterator[None]:
-    """Hold `<target>.lock`, so that one process at a time makes `target`; its folder is made if missing.
+    """Hold `<target>.lock`, so that one process at a time makes `target`.
+
+    Its folder is made if missing, for this user alone.
 
     Raises:
         LockTimeoutError: another process has held it for `timeout` seconds.
         OSError: the folder cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = filelock.FileLock(f"{target}.lock", timeout=timeout)
     try:
         lock.acquire()

@@ -68,7 +68,7 @@ def verified_file(record: Checkpoint) -> Path | None:
 
 
 def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
-    """The verified file of a checkpoint, downloaded if it is not cached.
+    """The verified file of a checkpoint, downloaded if it is not cached; a cached one is read and verified again.
 
     One process of the machine downloads, the others wait for it. An interrupted download resumes.
 
@@ -92,7 +92,7 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
         return require_md5(local, record.md5, record.name, way_out)
     candidates = cached_files(record, cache)
     for path, md5 in candidates:
-        if is_verified(path, md5):
+        if is_verified(path, md5, reread=True):
             return path
     target, md5 = candidates[0]
     if offline():
@@ -103,7 +103,7 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
         )
     with _lock(target):
         for path, md5 in candidates:
-            if is_verified(path, md5):
+            if is_verified(path, md5, reread=True):
                 return path
             if path.is_file():
                 print(

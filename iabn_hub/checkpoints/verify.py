@@ -1,4 +1,4 @@
-"""Verify files by md5, and remember the result so that a cached file is not read again at each load."""
+"""Verify files by md5, and remember the result, so that a list of all files need not read them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from ..files import md5_of
 from .errors import CheckpointError, ChecksumError
 
 
-def is_verified(path: Path, md5: str) -> bool:
-    """Whether `path` is a cached file with this md5; reads all of it unless a note says that it was checked before."""
+def is_verified(path: Path, md5: str, reread: bool = False) -> bool:
+    """Whether `path` is a cached file with this md5.
+
+    Args:
+        reread: read all of it, as before it is used. Else a note that it was checked before will do, for lists.
+    """
     if not path.is_file():
         return False
+    if reread:
+        return recheck(path) == md5
     with contextlib.suppress(OSError):
         if _note(path).read_text().split() == [md5, *_stamp(path)]:
             return True
@@ -28,7 +34,7 @@ def recheck(path: Path) -> str:
 
 def remember(path: Path, md5: str) -> None:
     """Note that `path` has this md5 as long as its size and time of change stay the same."""
-    with contextlib.suppress(OSError):  # a read-only cache is hashed at each load instead
+    with contextlib.suppress(OSError):  # a read-only cache is hashed for each list instead
         _note(path).write_text(" ".join([md5, *_stamp(path)]) + "\n")
 
 

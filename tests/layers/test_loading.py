@@ -138,3 +138,69 @@ def test_a_device_without_native_kernels_uses_the_reference_in_silence(fresh, de
     assert (y.shape, y.device.type) == ((3, 4, 5), "meta")
     assert loading.use_native("meta").backend == "reference"
     assert not caplog.records
+
+
+# ---- a folder that others can write ----------------------------------------------------------------------------------
+
+
+def plant(folder):
+    """What another user could have put there: a library under the expected name, with its digest, and a message."""
+    target = folder / f"iabn_cpu-{building.cpu_build().key()}.so"
+    source = folder / "planted.c"
+    source.write_text("#include <stdlib.h>\n__attribute__((constructor)) void f(void) { _exit(99); }\n")
+    subprocess.run([building.compiler(), "-shared", "-fPIC", "-x", "c", str(source), "-o", str(target)], check=True)
+    target.with_suffix(".sha256").write_text(loading.sha256_of(target))
+    return target
+
+
+@pytest.mark.parametrize("build", ["0", "1", "force"])
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_a_folder_that_others_can_write_is_not_used(fresh, tmp_path, mode, build, monkeypatch):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    plant(folder)
+    folder.chmod(mode)
+    if mode == 0o775:  # writable by a group that has other members
+        monkeypatch.setattr(os, "getgid", lambda: os.stat(folder).st_gid + 1)
+        os.chown(folder, -1, 65534)
+    fresh.setenv("IABN_HUB_BUILD", build)
+    reason = loading.use_native("cpu").reason
+    assert f"{folder} can be written by other users" in reason
+    assert "set IABN_HUB_BUILD_DIR to a folder that only you can write" in reason
+    assert works()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can make files of others")
+@pytest.mark.parametrize("planted", ["library", "digest", "failure", "folder", "parent"])
+def test_what_belongs_to_others_is_not_used(fresh, tmp_path, planted, caplog):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    target = plant(folder)
+    target.with_suffix(".failed").write_text("visit http://evil.example\n")
+    place = {
+        "library": target, "digest": target.with_suffix(".sha256"), "failure": target.with_suffix(".failed"),
+        "folder": folder, "parent": tmp_path,
+    }[planted]  # fmt: skip
+    os.chown(place, 12345, -1)
+    assert f"{place} belongs to another user (number 12345)" in loading.use_native("cpu").reason
+    assert "evil" not in caplog.text
+
+
+def test_the_folder_is_made_for_this_user_alone(fresh, tmp_path):
+    fresh.setenv("CXX", str(a_compiler(tmp_path, "sys.exit()")))
+    loading.use_native("cpu")
+    assert stat.S_IMODE((tmp_path / "kernels").stat().st_mode) == 0o700
+
+
+@pytest.mark.slow
+def test_paths_with_spaces_quotes_and_dollars(tmp_path):
+    """torch, the sources and the cache in such folders."""
+    place = tmp_path / "it's $HOME my env"
+    place.mkdir()
+    (place / "torch").symlink_to(os.path.dirname(torch.__file__))
+    (place / "iabn_hub").symlink_to(building.PACKAGE)
+    (place / "csrc").symlink_to(building.sources())
+    code = "from iabn_hub.layers.backends.loading import use_native as u; s = u('cpu'); print(s.backend, s.reason)"
+    environment = {**os.environ, "PYTHONPATH": str(place), "IABN_HUB_BUILD_DIR": str(place / "kernels")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("native built with")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from ...files import LockTimeoutError, locked, sha256_of
+from ...files import LockTimeoutError, UntrustedError, locked, require_trusted, sha256_of
 from .building import PACKAGE, Build, BuildError, covers, cpu_build, cuda_build, cuda_major
 
 _logger = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ def _library(device_type: str) -> tuple[Path, str]:
         else cuda_build([f"{major}.{minor}" for major, minor in capabilities_here()])
     )
     target = cache_folder() / f"{build.name}-{build.key()}.so"
+    _require_trusted(target)
     if mode != "force" and _loads(target):
         return target, "built earlier, from the cache"
     if mode == "0":
@@ -208,6 +209,18 @@ def _loads(path: Path) -> bool:
         return True
     except (OSError, BuildError):
         return False
+
+
+def _require_trusted(target: Path) -> None:
+    """Make sure that nobody else could have put what is executed or printed into the cache."""
+    try:
+        for path in (target, _digest_file(target), target.with_suffix(".failed")):
+            require_trusted(path)
+    except UntrustedError as e:
+        raise BuildError(
+            f"kernels are code, and {e}: set IABN_HUB_BUILD_DIR to a folder that only you can write, such as one in "
+            "your home"
+        ) from e
 
 
 def _digest_file(path: Path) -> Path:
