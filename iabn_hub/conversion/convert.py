@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from .measure import Sample, measure, outputs_of, relative_change
 from .recording import METHODS, Recording, RecoverableScales
@@ -25,14 +26,17 @@ def convert(
     would keep, and that can be computed again at little cost (the output of a norm, an activation, a sum, a
     concatenation), is dropped, and computed again when the backward pass asks for it. No module is replaced, so that
     optimizers, checkpoints, hooks and DistributedDataParallel fit as before. The network runs as it did under
-    `no_grad`, in `torch.compile` (which plans memory itself), for tracers and exporters, and in checkpointed parts.
+    `no_grad`, in `torch.compile` (which plans memory itself), for tracers, exporters and transforms, and inside
+    `torch.utils.checkpoint`, `save_on_cpu` and other hooks on saved tensors.
 
     Args:
         model: any network; changed in place. `restore` reverts it. Converting it again replaces the first conversion.
         sample: an input to measure with: a tensor, a tuple of arguments, or a dict of keyword arguments. The network
-            runs a few training steps on it; its buffers, gradients and the random state are as before afterwards.
-        method: 'auto' recomputes, or inverts where that is faster: leaky ReLU and ELU behind a norm, in float32 and
-            float64, work from their output. 'recompute' never inverts. 'invert' does nothing else, in any dtype.
+            runs a few training steps on a copy of it; its parameters, buffers and gradients and the random state are as
+            before afterwards.
+        method: 'auto' recomputes, or inverts a leaky ReLU behind a norm in float32 and float64: the backward pass
+            recovers the norm's input from the output, up to rounding, which is faster. 'recompute' never inverts.
+            'invert' does nothing else, for ELU too and in any dtype.
         activation: 'leaky_relu' replaces the ReLU modules by leaky ReLU with slope 0.01. This changes the function; the
             report states by how much the outputs change for the sample.
 
@@ -41,7 +45,8 @@ def convert(
         the peak of a training step, before and after.
 
     Raises:
-        ValueError: unknown method or activation.
+        ValueError: unknown method or activation; no output of the network requires a gradient for the sample; the
+            network has lazy modules that did not run yet.
 
     Example:
         >>> import torch, iabn_hub
@@ -126,6 +131,8 @@ def _steps_aside() -> bool:
         not torch.is_grad_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # a checkpoint, save_on_cpu
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .recompute import Kept, Slot, storage_of
+from .recompute import Kept, Slot, bytes_of, storage_of
 
 Sample = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -84,17 +85,24 @@ class Observer:
             for t in slot.tensors() if slot is not None else ():
                 if storage_of(t) not in counted:
                     counted.add(storage_of(t))
-                    found[path] = found.get(path, 0) + t.untyped_storage().nbytes()
+                    found[path] = found.get(path, 0) + bytes_of(t)
         return found
 
 
 def measure(model: nn.Module, sample: Sample, hooks: Any = None) -> Measurement:
-    """Run training steps on a sample; buffers, gradients and the random state are as before afterwards.
+    """Run training steps on a copy of a sample; the network and the random state are as before afterwards.
 
     Args:
         hooks: those of `convert`, to be told what they do with each norm.
     """
+    if any(
+        isinstance(p, UninitializedParameter | UninitializedBuffer) for p in [*model.parameters(), *model.buffers()]
+    ):
+        raise ValueError(
+            "the network has lazy modules: run it once, so that they know their shapes, and then convert it"
+        )
     observer = Observer(model)
+    sample = _copied(sample)
     call = caller(model, sample)
     with _unchanged(model), _gradients_allocated(model):
         given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
@@ -124,10 +132,17 @@ def caller(model: nn.Module, sample: Sample) -> Callable[[], Any]:
     return (lambda: model(*sample)) if isinstance(sample, tuple) else (lambda: model(sample))
 
 
+def _copied(sample: Any) -> Any:
+    """Tensors that the network may overwrite, and whose gradients are of no account."""
+    return tree_map(
+        lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, sample
+    )
+
+
 def outputs_of(model: nn.Module, sample: Sample) -> list[Tensor]:
     """The tensors that the network returns, in the mode it is in."""
     with _unchanged(model), torch.no_grad():
-        return _floating(caller(model, sample)())
+        return _floating(caller(model, _copied(sample))())
 
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
@@ -142,18 +157,27 @@ def _floating(output: Any) -> list[Tensor]:
 
 def _loss(output: Any) -> Tensor:
     """Something to differentiate that depends on all outputs, and needs little memory itself."""
-    return torch.stack([t.sum() for t in _floating(output) if t.requires_grad]).sum()
+    outputs = [t.sum() for t in _floating(output) if t.requires_grad]
+    if not outputs:
+        raise ValueError("no output of the network requires a gradient, so nothing is kept for a backward pass")
+    return torch.stack(outputs).sum()
 
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers and random state are as before afterwards."""
+    """Parameters, buffers and random state are as before afterwards, and hooks on gradients do not run."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    registered = [p._post_accumulate_grad_hooks for p in model.parameters()]
+    hooks = [(each, dict(each)) for each in registered if each]  # which may step an optimizer
     devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.is_cuda}
     try:
+        for each, _ in hooks:
+            each.clear()
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
+        for each, content in hooks:
+            each.update(content)
         with torch.no_grad():
             for buffer, copy in buffers:
                 buffer.copy_(copy)

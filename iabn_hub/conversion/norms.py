@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -145,6 +146,7 @@ class _KeepsInput(torch.autograd.Function):
     def _save(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Normalisation) -> None:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias = weight, bias  # not saved: the gradient needs the copies alone
+        ctx.versions = [None if v is None else v._version for v in (weight, bias)]
         ctx.norm = norm
         ctx.inverted = False
         ctx.set_materialize_grads(False)
@@ -156,6 +158,11 @@ class _KeepsInput(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         if torch.is_grad_enabled():  # create_graph=True
+            if ctx.versions != [None if v is None else v._version for v in (weight, bias)]:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    "the weight or bias of a norm, before a backward pass with create_graph=True"
+                )
             given = [t for t, wanted in zip((x, weight, bias), ctx.needs_input_grad) if wanted]
             y = ctx.norm.differentiable(x, weight, bias)
             grads = iter(torch.autograd.grad(y, given, dy, create_graph=True))
@@ -198,8 +205,8 @@ class Normalise(_KeepsInput):
 class Activate(_KeepsInput):
     """The activation behind a norm: from its output y to act(y), with the gradients of both in one pass from x.
 
-    y is a second result of the norm's input, not a step on the way: the norm's own node has no part in this gradient.
-    With `inverted` the gradients are computed from z = act(y), which `Inverse` puts in the place of x.
+    The gradient goes to the norm's input, past the norm's own node. Only where somebody still holds y, and may ask for
+    its gradient, does it go to y. With `inverted` it is computed from z = act(y), which `Inverse` puts in place of x.
     """
 
     @staticmethod
@@ -219,11 +226,27 @@ class Activate(_KeepsInput):
             ctx.mark_dirty(y)
         _KeepsInput._save(ctx, x, weight, bias, norm)
         ctx.inverted = inverted
+        ctx.y = None if overwrite else weakref.ref(y)
         return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+        y = None if ctx.y is None else ctx.y()
+        if dz is not None and ctx.needs_input_grad[3] and y is not None:
+            return None, None, None, _gradient_of(ctx.norm, y, dz), *(None,) * 4
         return *_KeepsInput._gradients(ctx, dz), *(None,) * 5
+
+
+def _gradient_of(norm: Normalisation, y: Tensor, dz: Tensor) -> Tensor:
+    """dz·act'(y) of standard operators."""
+    number, param = norm.activation
+    again = torch.is_grad_enabled()  # create_graph=True
+    # Not y itself, whose hooks would run; its alias has the same graph.
+    leaf = y.view_as(y) if again else y.detach().requires_grad_()
+    with torch.enable_grad():
+        z = _FUNCTIONS[number](leaf, param)
+    (dy,) = torch.autograd.grad(z, leaf, dz, create_graph=again)
+    return dy
 
 
 def batch_norm(

@@ -77,8 +77,16 @@ class Concatenation:
         return torch.cat(parts, self.dim)
 
 
-def is_known(name: str) -> bool:
-    return name in _NAMES
+def is_binary(name: str) -> bool:
+    return name in _NAMES and _NAMES[name][0] in _BINARY
+
+
+def is_known(function: Any, name: str) -> bool:
+    """Whether this is one of torch's functions above, and not one of another library by the same name."""
+    if name not in _NAMES or isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return False
+    module = getattr(function, "__module__", None)
+    return module is None or module.partition(".")[0] == "torch"
 
 
 def read_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -87,9 +95,10 @@ def read_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call 
     if "out" in kwargs:
         return None
     if base == "cat":
-        tensors = args[0] if args else kwargs.get("tensors")
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        if not isinstance(tensors, list | tuple) or not isinstance(dim, int):
+        values = {"tensors": None, "dim": 0} | dict(zip(("tensors", "dim"), args)) | kwargs
+        tensors, dim = values.pop("tensors"), values.pop("dim")
+        dim = values.pop("axis", dim)
+        if values or not isinstance(tensors, list | tuple) or not isinstance(dim, int):
             return None
         return Call(base, Concatenation(dim), list(tensors), False)
     if base in _BINARY:

@@ -27,7 +27,13 @@ def geometry(t: Tensor) -> Geometry:
 
 
 def storage_of(t: Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
+    """A number that tensors in the same memory share."""
+    return int(t.untyped_storage()._cdata) if t.layout == torch.strided else -id(t)
+
+
+def bytes_of(t: Tensor) -> int:
+    """Of the memory that a tensor is in."""
+    return int(t.untyped_storage().nbytes()) if t.layout == torch.strided else t.element_size() * t._nnz()
 
 
 class Kept:
@@ -35,15 +41,20 @@ class Kept:
 
     def __init__(self, t: Tensor, free: bool = False) -> None:
         self.tensor = t
-        self.version = t._version
+        self.version = 0 if t.is_inference() else t._version  # tensors of inference mode have none
         self.free = free  # it is so small, or so long-lived, that it does not count
 
+    @property
+    def is_unchanged(self) -> bool:
+        return self.tensor.is_inference() or self.tensor._version == self.version
+
     def get(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if not self.is_unchanged:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
-                f"{self.version} instead"
+                f"{self.version} instead. If this happens only after iabn_hub.convert, another tensor is computed from "
+                "this one: overwrite a copy, or call iabn_hub.restore(model)"
             )
         return self.tensor
 
@@ -67,7 +78,6 @@ class Recipe:
         self.users: list[int] = []  # numbers of the slots that have it and were not yet asked for it
         self.copy: Tensor | None = None
         self.depth: int = 1 + max([source.recipe.depth for source in sources if isinstance(source, View)], default=0)
-        self.is_free = False  # known to need nothing that is not kept
 
     def get(self, number: int = 0) -> Tensor:
         """The tensor, with the strides it had, for the slot of that number."""
@@ -77,6 +87,10 @@ class Recipe:
         if self._is_wanted_soon(number):
             self.copy = t
         return t.detach() if t.requires_grad else t
+
+    def forget(self) -> None:
+        """The tensor was overwritten in a way that its version does not show."""
+        self.copy, self.alive = None, lambda: None
 
     def shared(self) -> Tensor | None:
         """The tensor, if somebody holds it as it was."""
@@ -153,19 +167,25 @@ class Recipe:
             return contextlib.nullcontext()
         return torch.autocast(kind, **self.autocast)
 
-    def missing(self, kept: set[int], found: dict[int, Kept] | None = None) -> dict[int, Kept] | None:
-        """What would have to be kept for it, by storage; None if the chain is too long."""
-        found = {} if found is None else found
+    def missing(self, kept: set[int]) -> dict[int, Kept] | None:
+        """What would have to be kept for it, by storage; None if that was overwritten, or the chain is too long."""
         if self.depth > LONGEST_CHAIN:
             return None
-        if not self.is_free:
-            before = len(found)
-            for source in self.sources:
+        found: dict[int, Kept] = {}
+        seen: set[int] = set()
+        pending: list[Recipe] = [self]
+        while pending:
+            recipe = pending.pop()
+            if id(recipe) in seen:
+                continue
+            seen.add(id(recipe))
+            for source in recipe.sources:
                 if isinstance(source, View):
-                    source.recipe.missing(kept, found)
+                    pending.append(source.recipe)
+                elif not source.is_unchanged:
+                    return None
                 elif not source.free and storage_of(source.tensor) not in kept:
                     found[storage_of(source.tensor)] = source
-            self.is_free = len(found) == before == 0
         return found
 
 

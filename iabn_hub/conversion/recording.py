@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers.activations import ELU, LEAKY_RELU
-from ..layers.degenerate import RENEWAL, can_look, unrecoverable_channels
+from ..layers.degenerate import RENEWAL, SMALLEST_SCALE, can_look
 from . import norms
 from .norms import Activate, Normalisation
-from .operators import Call, Concatenation, is_known, read_call
-from .recompute import Inverse, Kept, Recipe, Slot, View, geometry, storage_of
+from .operators import Call, Concatenation, is_binary, is_known, read_call
+from .recompute import Inverse, Kept, Recipe, Slot, View, bytes_of, geometry, storage_of
 
 METHODS = ("auto", "recompute", "invert")
+LARGEST_RATIO = 100  # of a norm's bias to its weight: what is recovered from the output loses two digits at most
 _SMALL = 1 << 16  # elements of a parameter that is copied, and does not count as kept
 
 
@@ -35,6 +36,7 @@ class _Norm:
     """What a norm that has just run was given, as long as an activation may follow."""
 
     x: Tensor
+    version: int  # of x
     weight: Tensor | None
     bias: Tensor | None
     node: Any  # the autograd node of its result
@@ -43,20 +45,25 @@ class _Norm:
 
 
 class RecoverableScales:
-    """Whether the output of a norm tells its input, by the norm's weight; looked at again as the weight changes."""
+    """Whether the output of a norm tells its input, by the norm's weight and bias; looked at when they have changed."""
 
     def __init__(self) -> None:
         self.found: Any = WeakTensorKeyDictionary()
 
-    def hold(self, norm: Normalisation, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> bool:
+    def hold(self, weight: Tensor | None, bias: Tensor | None, y: Tensor) -> bool:
         if weight is None or bias is None:
             return True
-        version, dtype, recoverable = self.found.get(weight, (0, None, False))
-        if dtype != y.dtype or not version <= weight._version < version + RENEWAL:
+        versions = (weight._version, bias._version)
+        if weight.is_cuda:  # to look takes time there, since the host waits for it
+            versions = (versions[0] // RENEWAL, versions[1] // RENEWAL)
+        known, recoverable = self.found.get(weight, (None, False))
+        if known != versions:
             if not can_look(y):
                 return False
-            recoverable = unrecoverable_channels(weight, bias, None, y.dtype, norm.eps, True) is None
-            self.found[weight] = weight._version, y.dtype, recoverable
+            with torch.no_grad():
+                size = weight.abs()
+                recoverable = bool(((bias.abs() <= LARGEST_RATIO * size) & (size >= SMALLEST_SCALE)).all())
+            self.found[weight] = versions, recoverable
         return bool(recoverable)
 
 
@@ -69,7 +76,7 @@ class Recording(TorchFunctionMode):
         self.recipes: dict[int, Recipe] = {}  # by storage, as long as the tensor lives
         self.norms: dict[int, _Norm] = {}  # likewise
         self.kept: set[int] = set()  # storages that autograd holds
-        self.extra: dict[int, list[Slot]] = {}  # storages that an ordinary network might overwrite: who needs them
+        self.extra: dict[int, list[Any]] = {}  # weak references to the recipes that are computed from a storage
         self.fresh: list[tuple[Slot, int]] = []  # slots of the function that runs, and their storages
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, Slot.get)
 
@@ -93,7 +100,15 @@ class Recording(TorchFunctionMode):
             return function(*args, **kwargs)
         if self.extra and _may_overwrite(name, args, kwargs):
             self._secure(args, kwargs)
-        if not torch.is_grad_enabled():
+        if args and isinstance(args[0], Tensor) and _overwrites(name):
+            before = self.recipes.get(storage_of(args[0]))
+            result = self._call(function, name, args, kwargs)
+            self._forget_overwritten(args[0], before)
+            return result
+        return self._call(function, name, args, kwargs)
+
+    def _call(self, function: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or torch._C._functorch.maybe_current_level() is not None:
             return function(*args, **kwargs)
         if not self.is_on_top():
             self._observe("leave", "within activation checkpointing, or other hooks on saved tensors")
@@ -103,7 +118,7 @@ class Recording(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if function is F.instance_norm:
             return self._instance_norm(*args, **kwargs)
-        if is_known(name):
+        if is_known(function, name):
             return self._recomputed(function, name, args, kwargs)
         result = function(*args, **kwargs)
         if self.fresh and isinstance(result, Tensor):
@@ -139,26 +154,32 @@ class Recording(TorchFunctionMode):
         missing = recipe.missing(self.kept)
         if missing is None:
             return False
-        saved = _bytes(t) - sum(_bytes(k.tensor) for k in missing.values())
+        saved = bytes_of(t) - sum(bytes_of(k.tensor) for k in missing.values())
         if saved < 0 or (saved == 0 and not isinstance(recipe.function, Concatenation)):
             return False
         slot.hold(View(recipe, geometry(t)))
         self.kept.update(missing)
-        for storage in missing:
-            self.extra.setdefault(storage, []).append(slot)
         return True
 
     def _secure(self, args: Any, kwargs: Any) -> None:
-        """Before a function may overwrite its arguments: compute what was to be computed from them, or copy them."""
-        for t in (*args, *kwargs.values()):
-            for slot in self.extra.pop(storage_of(t), ()) if isinstance(t, Tensor) and self.extra else ():
-                if isinstance(slot.content, View):
-                    content = slot.content.get()
-                    slot.content.recipe.used(slot.number)
-                    slot.hold(Kept(content))
-                elif isinstance(slot.content, Inverse):
-                    sources = slot.content.recipe.sources
-                    sources[0] = Kept(sources[0].get().clone())
+        """Before a function may overwrite its arguments: what is computed from them is computed from copies."""
+        for t in _tensors(args, kwargs):
+            storage = storage_of(t)
+            copies: dict[Any, Kept] = {}
+            for reference in self.extra.pop(storage, ()):
+                recipe = reference()
+                for i, source in enumerate(recipe.sources if recipe is not None else ()):
+                    if isinstance(source, Kept) and storage_of(source.tensor) == storage and source.is_unchanged:
+                        place = geometry(source.tensor)
+                        if place not in copies:
+                            copies[place] = Kept(source.tensor.detach().clone())
+                        recipe.sources[i] = copies[place]
+
+    def _forget_overwritten(self, t: Any, before: Recipe | None) -> None:
+        """Without a trace in its version, `t.data.mul_(2)` overwrites t."""
+        if before is not None and self.recipes.get(storage_of(t)) is before:
+            before.forget()
+            del self.recipes[storage_of(t)]
 
     def _recipe_of(self, t: Tensor, storage: int) -> Recipe | None:
         recipe = self.recipes.get(storage)
@@ -179,12 +200,14 @@ class Recording(TorchFunctionMode):
         """Register how y was computed, and let slots of this function that hold y hold its recipe."""
         self._share_version(y)
         storage = storage_of(y)
-        whole = y.storage_offset() == 0 and _bytes(y) == y.numel() * y.element_size()
-        if not y.requires_grad or not whole or type(y) is not Tensor:
+        plain = type(y) is Tensor and y.layout == torch.strided and not y.is_complex()
+        whole = plain and y.storage_offset() == 0 and bytes_of(y) == y.numel() * y.element_size()
+        if not y.requires_grad or not whole:
             self.recipes.pop(storage, None)
             return
         function, sources = _in_one_pass(function, sources)
         recipe = self.recipes[storage] = Recipe(function, sources, y)
+        self._watch(recipe)
         # The reference calls back when y dies: what has its storage then is another tensor.
         recipe.alive = weakref.ref(y, functools.partial(self._forget, storage, id(recipe)))
         for slot, saved in self.fresh:
@@ -192,6 +215,12 @@ class Recording(TorchFunctionMode):
                 self.kept.discard(storage)
                 if not self._replace(slot, recipe):
                     self.kept.add(storage)
+
+    def _watch(self, recipe: Recipe) -> None:
+        """Notice when something is overwritten that it is computed from."""
+        for source in recipe.sources:
+            if isinstance(source, Kept) and not source.free:
+                self.extra.setdefault(storage_of(source.tensor), []).append(weakref.ref(recipe))
 
     def _forget(self, storage: int, recipe: int, _: Any) -> None:
         if id(self.recipes.get(storage)) == recipe:
@@ -214,7 +243,7 @@ class Recording(TorchFunctionMode):
         if reason:
             self._observe("leave", reason)
             return F.batch_norm(x, *args, **kwargs)
-        return self._norm(x, options, norms.batch_norm)
+        return self._norm(_dense(x), options, norms.batch_norm)
 
     def _instance_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         options = dict(zip(_INSTANCE_NORM, args)) | kwargs
@@ -227,7 +256,7 @@ class Recording(TorchFunctionMode):
         if reason:
             self._observe("leave", reason)
             return F.instance_norm(x, *args, **kwargs)
-        return self._norm(x, options, norms.instance_norm)
+        return self._norm(_dense(x), options, norms.instance_norm)
 
     def _norm(self, x: Tensor, options: dict[str, Any], function: Any) -> Tensor:
         source = self._source(x)
@@ -236,7 +265,9 @@ class Recording(TorchFunctionMode):
         self._remember(y, norm, [source])
         slot = self.fresh[-1][0]
         path = None if self.observer is None else self.observer.here
-        self.norms[storage_of(y)] = _Norm(x, options.get("weight"), options.get("bias"), y.grad_fn, slot, path)
+        self.norms[storage_of(y)] = _Norm(
+            x, x._version, options.get("weight"), options.get("bias"), y.grad_fn, slot, path
+        )
         if self.method == "invert":
             self._observe("leave", "no leaky ReLU or ELU follows")
         else:
@@ -277,10 +308,13 @@ class Recording(TorchFunctionMode):
         if call.activation is None or recipe is None or not isinstance(recipe.function, Normalisation):
             return None
         norm, given = recipe.function, self.norms.get(storage_of(y))
-        untouched = given is not None and y.grad_fn is given.node and not y._backward_hooks and not y.retains_grad
+        untouched = (
+            given is not None and y.grad_fn is given.node and not y._backward_hooks and not y.retains_grad
+            and given.x._version == given.version
+        )  # fmt: skip
         if given is None or not untouched or not norm.is_linear or norm.joined or geometry(y)[1:] != (recipe.stride, 0):
             return None
-        inverted = self._inverts(call.activation, norm, given, y)
+        inverted = self._inverts(call.activation, given, y)
         both = norm.followed_by(call.activation)
         source = recipe.sources[0]
         run = functools.partial(_run, function, args[1:])
@@ -288,7 +322,7 @@ class Recording(TorchFunctionMode):
             given.x,
             given.weight,
             given.bias,
-            y if call.overwrites else y.detach(),
+            y,
             both,
             run,
             call.overwrites,
@@ -297,12 +331,12 @@ class Recording(TorchFunctionMode):
         self.norms.pop(storage_of(z), None)
         if inverted:
             self._observe("invert", path=given.path)
-            self._keep_result(given, both, z, call.overwrites)
+            self._keep_result(given, both, z)
         else:
             self._remember(z, both, [source])
         return z
 
-    def _keep_result(self, given: _Norm, norm: Normalisation, z: Tensor, overwritten: bool) -> None:
+    def _keep_result(self, given: _Norm, norm: Normalisation, z: Tensor) -> None:
         """Let z be kept in place of the norm's input x."""
         storage = storage_of(z)
         self.recipes.pop(storage, None)
@@ -311,18 +345,18 @@ class Recording(TorchFunctionMode):
         slot = self.fresh[-1][0]
         recipe = Recipe(norm.input_of, [Kept(z.detach())], given.x)
         slot.hold(Inverse(recipe))
-        if overwritten:  # the node of the norm's output stays part of the graph, for what used that before
-            given.slot.hold(View(recipe, geometry(given.x)))
-        self.extra.setdefault(storage, []).append(slot)
+        given.slot.hold(View(recipe, geometry(given.x)))  # of the norm's own node, for what else uses its output
+        self._watch(recipe)
 
-    def _inverts(self, activation: tuple[int, float], norm: Normalisation, given: _Norm, y: Tensor) -> bool:
+    def _inverts(self, activation: tuple[int, float], given: _Norm, y: Tensor) -> bool:
         """Whether to keep the activation's output, which is read once less, instead of the norm's input."""
         number, param = activation
         if self.method == "recompute" or number not in (LEAKY_RELU, ELU) or param <= 0:
             return False
-        if self.method == "auto" and y.dtype not in (torch.float32, torch.float64):
+        # A saturated ELU tells less and less of its input, and bfloat16 has too few digits.
+        if self.method == "auto" and (number == ELU or y.dtype not in (torch.float32, torch.float64)):
             return False
-        return self.scales.hold(norm, given.weight, given.bias, y)
+        return self.scales.hold(given.weight, given.bias, y)
 
 
 _BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -335,28 +369,64 @@ def _run(function: Any, rest: Any, y: Tensor) -> Tensor:
     return z
 
 
-def _bytes(t: Tensor) -> int:
-    return int(t.untyped_storage().nbytes())
+def _dense(x: Tensor) -> Tensor:
+    """x in the layout that torch gives the result of a norm: contiguous, or with the channels last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous()
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Those among the arguments, and in lists of them."""
+    for value in (*args, *kwargs.values()):
+        for t in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(t, Tensor):
+                yield t
+
+
+def _overwrites(name: str) -> bool:
+    """Whether a function of this name certainly overwrites its first argument."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and is_binary(name))
+    return name.endswith("_")
 
 
 def _may_overwrite(name: str, args: Any, kwargs: Any) -> bool:
-    return name.endswith("_") or "out" in kwargs or kwargs.get("inplace") is True or any(a is True for a in args)
+    return (
+        name.endswith("_")
+        or name.startswith("_foreach")
+        or "out" in kwargs
+        or kwargs.get("inplace") is True
+        or any(a is True for a in args)
+    )
 
 
 def _unsupported(x: Tensor, options: dict[str, Any], values_per_channel: int) -> str:
-    """Why the norm is left to torch; empty if it is not."""
+    """Why the norm is left to torch, which may raise an error; empty if it is not."""
     weight, bias = options.get("weight"), options.get("bias")
+    running = [options.get("running_mean"), options.get("running_var")]
+    given = [v for v in (weight, bias, *running) if v is not None]
     if not x.requires_grad and (weight is None or not weight.requires_grad):
-        return "no gradient flows"
+        return "no gradient flows: its input and its weight do not require one"
     if values_per_channel < 2:
         return "one value per channel"
-    if type(x) is not Tensor or x.is_meta or not x.is_floating_point():
+    if type(x) is not Tensor or x.is_meta or not x.is_floating_point() or x.layout != torch.strided:
         return f"its input is a {type(x).__name__} of {x.dtype} on {x.device}"
-    if (weight is None) != (bias is None):
-        return "it has only one of weight and bias"
-    if x.dtype == torch.float64 and weight is not None and weight.dtype != x.dtype:
-        return f"its input is {x.dtype}, its weight {weight.dtype}"
+    if (weight is None) != (bias is None) or (running[0] is None) != (running[1] is None):
+        return "it has only one of weight and bias, or of mean and variance"
+    if any(v.shape != x.shape[1:2] or v.device != x.device for v in given):
+        return "its parameters do not fit its input"
+    if not options.get("training", True) and running[0] is None:
+        return "it is in eval mode without running statistics"
+    if not options.get("eps", 1e-5) > 0:
+        return "its eps is 0"
+    if any(v.dtype != x.dtype and (x.dtype in _WIDE or v.dtype != torch.float32) for v in given):
+        return f"its input is {x.dtype}, its parameters {given[0].dtype}"
     return ""
+
+
+_WIDE = (torch.float32, torch.float64)  # of which torch takes parameters of the same dtype alone
 
 
 def _in_one_pass(

@@ -97,11 +97,14 @@ def scale(module, x):
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("method", ["auto", "recompute", "invert"])
 def test_whatever_a_network_does(name, method):
-    """Equal gradients, or the error that the network gave before."""
+    assert_same_gradients_or_error(HOSTILE[name], method)
+
+
+def assert_same_gradients_or_error(function, method):
     results = []
     for convert in (False, True):
         torch.manual_seed(0)
-        model = Block(HOSTILE[name]).double()
+        model = Block(function).double()
         model.norm.weight.data.uniform_(-1, 1)
         if convert:
             iabn_hub.convert(model, method=method)
@@ -186,3 +189,205 @@ def test_weights_changed_before_the_backward_pass():
         model.norm.weight.mul_(2)
     found = torch.autograd.grad((y.sin() * y).sum(), [p for p in model.parameters()])
     assert_equal(found, expected[1:])
+
+
+# ---- faults of earlier versions --------------------------------------------------------------------------------------
+
+
+def overwritten_between(m, x):
+    y = m.norm(x)
+    x.mul_(2)
+    return m.last(F.relu(y))
+
+
+def data_overwritten(m, x):
+    y = F.silu(m.norm(x))
+    y.data[:, 0] = 0
+    return m.last(y)
+
+
+def source_overwritten_before_use(m, x):
+    b = torch.cat([m.norm(x), x], 1)
+    x.mul_(2)
+    return m.last(b[:, 2:6])
+
+
+def source_of_two(m, x):
+    a, b = m.last(F.interpolate(x, scale_factor=2.0)), m.last(torch.cat([x, x], 1)[:, 1:5])
+    x.mul_(2)
+    return a.mean() * b
+
+
+def source_of_inverted(m, x):
+    z = F.leaky_relu(m.norm(x), 0.1)
+    y = m.last(torch.cat([z, z], 1)[:, 2:6])
+    z.add_(1)
+    return y
+
+
+def source_in_a_list(m, x):
+    y = m.last(torch.cat([x, x], 1)[:, 1:5])
+    torch._foreach_mul_([x], 2.0)
+    return y
+
+
+def complex_conjugates(m, x):
+    z = m.norm(x) * torch.tensor(1 + 2j)
+    w = z.conj()
+    return m.last((w * w).real)
+
+
+def doubling(m, x):
+    for _ in range(40):
+        x = x + x * 0.05
+    return m.last(x)
+
+
+def sparse_product(m, x):
+    adjacency = torch.eye(x.shape[-1], dtype=x.dtype).to_sparse()
+    rows = m.norm(x).transpose(0, 3).flatten(1)
+    y = torch.sparse.mm(adjacency, rows).view(x.size(3), x.size(1), x.size(2), x.size(0)).transpose(0, 3)
+    return m.last(F.relu(y))
+
+
+def made_in_inference_mode(m, x):
+    with torch.inference_mode():
+        mask = torch.ones_like(x) * 0.5
+    return m.last(m.norm(x) + mask)
+
+
+LIBRARY = torch.library.Library("tests_of_conversion", "DEF")
+LIBRARY.define("mul(Tensor a, Tensor b) -> Tensor")
+LIBRARY.impl("mul", lambda a, b: a * b * 3 + 1, "CompositeImplicitAutograd")
+
+FAULTS = {
+    "overwritten between norm and activation": overwritten_between,
+    "overwritten by .data": data_overwritten,
+    "a source is overwritten before the result is used": source_overwritten_before_use,
+    "a source of two results is overwritten": source_of_two,
+    "a source of an inverted layer is overwritten": source_of_inverted,
+    "a source is overwritten within a list": source_in_a_list,
+    "functions of other libraries by torch's names": lambda m, x: m.last(
+        torch.ops.tests_of_conversion.mul(m.norm(x), m.norm(x))
+    ),
+    "aten::elu": lambda m, x: m.last(torch.ops.aten.elu(m.norm(x), 1.0, 1.5, 0.5)),
+    "complex conjugates": complex_conjugates,
+    "sums that double": doubling,
+    "sparse matrices": sparse_product,
+    "concatenated along an axis": lambda m, x: m.last(torch.cat([m.norm(x), x], axis=1)[:, 1:5]),
+    "transposed, and viewed after the norm": lambda m, x: m.last(m.norm(x.transpose(2, 3)).view(x.shape)),
+    "made in inference mode": made_in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("method", ["auto", "recompute", "invert"])
+def test_what_was_wrong_once(name, method):
+    assert_same_gradients_or_error(FAULTS[name], method)
+
+
+@pytest.mark.parametrize("act", [F.relu, F.silu, lambda y: F.leaky_relu(y, 0.1)])
+def test_gradients_of_the_norms_output(act):
+    """Grad-CAM, hooks that are registered after the activation, retained gradients."""
+
+    def run(convert):
+        torch.manual_seed(0)
+        model = Block(lambda m, x: m.last(act(m.norm(x)))).double()
+        if convert:
+            iabn_hub.convert(model)
+        outputs = []
+        model.norm.register_forward_hook(lambda _, __, y: outputs.append(y))
+        x = images().requires_grad_()
+        z = model(x)
+        (y,) = outputs
+        y.retain_grad()
+        y.register_hook(lambda g: g * 2)
+        (of_y,) = torch.autograd.grad(z.sin().sum(), y, retain_graph=True)
+        z.sin().sum().backward()
+        return [of_y, y.grad, x.grad, *(p.grad for p in model.parameters())]
+
+    assert_equal(run(True), run(False))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.zeros(3), torch.ones(3), torch.ones(4), torch.zeros(4), True),
+        (torch.zeros(4), torch.ones(4), torch.ones(1), torch.zeros(1), True),
+        (None, None, torch.ones(4), torch.zeros(4), False),
+        (torch.zeros(4), None, torch.ones(4), torch.zeros(4), True),
+    ],
+    ids=["statistics of 3", "weight of 1", "eval without statistics", "no variance"],
+)
+def test_wrong_arguments_raise_the_error_of_torch(arguments):
+    def message(convert):
+        model = Block(lambda m, x: F.batch_norm(x, *arguments))
+        if convert:
+            iabn_hub.convert(model)
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as found:
+            model(torch.randn(2, 3, 5, 5))
+        return str(found.value)
+
+    assert message(True) == message(False)
+
+
+def test_scales_that_changed_after_the_first_step():
+    """A weight that is set to 0 later: the output does not tell the input any more."""
+    results = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        model = Block(lambda m, x: m.last(F.leaky_relu(m.norm(x), 0.1))).double()
+        if convert:
+            iabn_hub.convert(model)
+        gradients(model, images())
+        nn.init.zeros_(model.norm.weight)
+        nn.init.ones_(model.norm.bias)
+        torch.manual_seed(1)
+        results.append(gradients(model, images()))
+    assert_equal(*results[::-1])
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 30.0])
+def test_saturated_elu(scale):
+    results = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        model = Block(lambda m, x: m.last(F.elu(m.norm(x)))).double()
+        nn.init.constant_(model.norm.weight, scale)
+        if convert:
+            iabn_hub.convert(model)
+        torch.manual_seed(1)
+        results.append(gradients(model, images()))
+    assert_equal(*results[::-1])
+
+
+def test_measuring_changes_nothing():
+    """Not with optimizers that step in the backward pass, nor a sample that requires a gradient."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    stepped = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: stepped.append(p.data.mul_(2)))
+    before = [p.detach().clone() for p in model.parameters()]
+    sample = torch.randn(2, 3, 9, 9, requires_grad=True)
+    iabn_hub.convert(model, sample)
+    assert not stepped
+    assert sample.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    model(sample).sum().backward()
+    assert stepped
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.LazyConv2d(4, 3), nn.BatchNorm2d(4)), "lazy modules: run it once"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False),
+            "no output of the network requires",
+        ),
+    ],
+    ids=["lazy", "frozen"],
+)
+def test_samples_that_cannot_be_measured(model, words):
+    with pytest.raises(ValueError, match=words):
+        iabn_hub.convert(model, torch.randn(2, 3, 9, 9))
