@@ -16,6 +16,10 @@ class LockTimeoutError(TimeoutError):
     """Another process has held a lock for longer than this one waits."""
 
 
+class NoHomeError(RuntimeError):
+    """There is no HOME, and the system does not know this user."""
+
+
 class UntrustedError(PermissionError):
     """Another user owns a file, or can write it or replace it."""
 
@@ -45,6 +49,18 @@ def require_trusted(path: Path) -> None:
         writable = found_mode & stat.S_IWOTH or (found_mode & stat.S_IWGRP and not own_group)
         if writable and not (stat.S_ISDIR(found_mode) and found_mode & stat.S_ISVTX):
             raise UntrustedError(f"{place} can be written by other users (mode {stat.S_IMODE(found_mode):o})")
+
+
+def expanded(path: str | os.PathLike[str], variable: str) -> Path:
+    """A path whose ~ is the home folder of this user.
+
+    Raises:
+        NoHomeError: nobody knows that folder; `variable` is the one to set instead.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise NoHomeError(f"the home folder of this user is not known: set {variable} to a folder, or HOME") from e
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ import huggingface_hub
 import torch
 from tqdm import tqdm
 
-from ..files import LockTimeoutError, locked, md5_of
+from ..files import LockTimeoutError, NoHomeError, expanded, locked, md5_of
 from .catalogue import Checkpoint, HubFile
 from .download import download
 from .errors import CacheError, ChecksumError, DownloadError, OfflineError
@@ -34,8 +34,16 @@ LOCK_TIMEOUT = 3600  # seconds another process may take for its download of the 
 
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
-    """Where fetched files lie: the argument, `IABN_HUB_CACHE`, or torch.hub's checkpoints folder."""
-    return Path(cache or os.environ.get("IABN_HUB_CACHE") or Path(torch.hub.get_dir()) / "checkpoints").expanduser()
+    """Where fetched files lie: the argument, `IABN_HUB_CACHE`, or torch.hub's checkpoints folder.
+
+    Raises:
+        CacheError: that is in the home folder, which is not known.
+    """
+    folder = cache or os.environ.get("IABN_HUB_CACHE") or Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        return expanded(folder, "IABN_HUB_CACHE")
+    except NoHomeError as e:
+        raise CacheError(str(e)) from e
 
 
 def offline() -> bool:

@@ -63,6 +63,9 @@ def read_weights(path: Path) -> dict[str, Any]:
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    empty = [name for name, value in content.items() if isinstance(value, Tensor) and value.is_meta]
+    if empty:
+        raise CheckpointError(f"{path}: {empty[0]} is on the meta device: it has a shape, but no values")
     return content
 
 

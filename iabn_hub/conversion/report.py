@@ -176,4 +176,8 @@ def _reason(path: str, module: nn.Module, run: Measurement) -> str:
         return "in place already"
     if isinstance(module, nn.SyncBatchNorm):
         return "synchronised: its statistics come from other processes"
-    return "keeps nothing that could be dropped" if not run.kept.get(path) else "computed by a function that conversion does not know"
+    return (
+        "keeps nothing that could be dropped"
+        if not run.kept.get(path)
+        else "computed by a function that conversion does not know"
+    )

@@ -51,6 +51,8 @@ def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{path}: is not text in UTF-8 ({e.reason} at byte {e.start})") from e
     try:
         content = read_json(text)
     except ValueError as e:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from ...files import LockTimeoutError, UntrustedError, locked, require_trusted, sha256_of
+from ...files import LockTimeoutError, NoHomeError, UntrustedError, expanded, locked, require_trusted, sha256_of
 from .building import PACKAGE, Build, BuildError, covers, cpu_build, cuda_build, cuda_major
 
 _logger = logging.getLogger(__name__)
@@ -230,10 +230,11 @@ def _digest_file(path: Path) -> Path:
 def cache_folder() -> Path:
     """Where built libraries lie: `IABN_HUB_BUILD_DIR`, or `iabn_hub/kernels` in the user's cache folder."""
     named = os.environ.get("IABN_HUB_BUILD_DIR")
-    if named:
-        return Path(named).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "iabn_hub" / "kernels"
+    try:
+        return expanded(named or Path(root) / "iabn_hub" / "kernels", "IABN_HUB_BUILD_DIR")
+    except NoHomeError as e:
+        raise BuildError(str(e)) from e
 
 
 @contextlib.contextmanager
