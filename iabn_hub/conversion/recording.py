@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class Recording(TorchFunctionMode):
         if name == "__get__":  # an attribute, such as x.shape
             return function(*args, **kwargs)
         if self.extra and _may_overwrite(name, args, kwargs):
-            self._secure(args, kwargs)
+            self._secure(_overwritten(function, args, kwargs))
         if args and isinstance(args[0], Tensor) and _overwrites(name):
             before = self.recipes.get(storage_of(args[0]))
             result = self._call(function, name, args, kwargs)
@@ -161,9 +161,9 @@ class Recording(TorchFunctionMode):
         self.kept.update(missing)
         return True
 
-    def _secure(self, args: Any, kwargs: Any) -> None:
-        """Before a function may overwrite its arguments: what is computed from them is computed from copies."""
-        for t in _tensors(args, kwargs):
+    def _secure(self, tensors: Iterable[Tensor]) -> None:
+        """Before a function may overwrite these: what is computed from them is computed from copies."""
+        for t in tensors:
             storage = storage_of(t)
             copies: dict[Any, Kept] = {}
             for reference in self.extra.pop(storage, ()):
@@ -377,9 +377,10 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Those among the arguments, and in lists of them."""
-    for value in (*args, *kwargs.values()):
+def _overwritten(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The arguments that a function may overwrite: torch's the first one and `out`, other operators any of them."""
+    any_of_them = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    for value in (*(args if any_of_them else args[:1]), *kwargs.values()):
         for t in value if isinstance(value, list | tuple) else (value,):
             if isinstance(t, Tensor):
                 yield t
