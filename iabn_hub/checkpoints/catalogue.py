@@ -23,6 +23,7 @@ _logger = logging.getLogger(__name__)
 ENVIRONMENT = "IABN_HUB_CATALOGUE"
 # What the caller decides, or the record says elsewhere.
 NOT_OPTIONS = {"num_classes", "in_chans", "features_only", "device", "dtype"}
+TAG = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)  # it becomes part of file names
 SUFFIXES = {"legacy": ".pth.tar", "iabn_hub": ".safetensors"}
 
 
@@ -114,7 +115,7 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.model)), f"model is {self.model!r}, not an identifier")
-        require(bool(re.fullmatch(r"[A-Za-z0-9][\w-]*", self.tag)), f"tag is {self.tag!r}, not a word")
+        require(bool(TAG.fullmatch(self.tag)), f"tag is {self.tag!r}, not a word")
         _check_md5(self.md5)
         misplaced = NOT_OPTIONS & set(self.options)
         require(not misplaced, f"options must not hold {', '.join(sorted(misplaced))}")

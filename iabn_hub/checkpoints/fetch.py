@@ -178,17 +178,23 @@ def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
+    return re.sub(r"//[^/@]*@", "//", _UNQUOTED_PASSWORD.sub("//", url))
+
+
+_UNQUOTED_PASSWORD = re.compile(r"//[^\s/@:]*:(?!\d+/)[^\s@]*/[^\s@]*@")  # it contains '/', and is no port
 
 
 def _reader(url: str) -> Callable[[Path, tqdm[Any]], None]:
     scheme, _, path = url.partition("://")
     if scheme == "file":
         return lambda part, bar: _copy(Path(url2pathname(urlsplit(f"file://{path}").path)), part, bar)
-    if scheme in ("http", "https"):
+    quoted = not _UNQUOTED_PASSWORD.search(url)
+    if scheme in ("http", "https") and quoted:
         return lambda part, bar: download(url, part, bar)
 
     def refuse(part: Path, bar: tqdm[Any]) -> None:
+        if not quoted:
+            raise DownloadError("the password in IABN_HUB_MIRROR contains '/': write %2F for it")
         raise DownloadError("IABN_HUB_MIRROR must start with http://, https:// or file://")
 
     return refuse

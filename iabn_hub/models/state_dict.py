@@ -58,6 +58,9 @@ def fit(
         raise CheckpointError(
             "these weights do not belong to this network: " + "; ".join(problems) + _stem(given, expected)
         )
+    broken = [n for n in shared if given[n].is_floating_point() and not torch.isfinite(given[n]).all()]
+    if broken:
+        _logger.warning("the weights have values that are NaN or infinite: %s", _list(broken))
     if unsigned is not None:
         _check_scales(given, model, unsigned)
     elif not is_legacy(state_dict):

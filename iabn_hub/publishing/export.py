@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoints.catalogue import Result, find, records
+from ..checkpoints.catalogue import TAG, Result, find, records
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.fetch import fetch_checkpoint
 from ..checkpoints.verify import require_md5
@@ -98,8 +98,11 @@ def export_of(name: str, given: Path | None = None) -> Export:
 def _of_run(name: str, place: Path) -> Export:
     network = load_pretrained(str(place))
     model, _, tag = name.partition(".")
-    if model != network.arch or not tag:
-        raise UnknownNameError(f"{place} holds a {network.arch}: name it {network.arch}.TAG, not {name!r}")
+    if model != network.arch or not TAG.fullmatch(tag):
+        raise UnknownNameError(
+            f"{place} holds a {network.arch}: name it {network.arch}.TAG, not {name!r}; a tag consists of letters, "
+            "digits, '_' and '-'"
+        )
     if name in records():
         raise UnknownNameError(f"{name} is a published checkpoint, and {place} another: choose another tag")
     folder = place if place.is_dir() else place.parent.parent

@@ -243,6 +243,14 @@ def test_interrupted_download_resumes_in_the_next_process(record, server):
     assert re.fullmatch(r"bytes=[1-9]\d{6}-", server.log[-1].range)
 
 
+@pytest.mark.parametrize("password", ["s3cret", "s3cret/with", "s3cret:/"])
+def test_password_that_is_not_quoted_is_not_shown(record, monkeypatch, password):
+    monkeypatch.setenv("IABN_HUB_MIRROR", f"http://me:{password}@127.0.0.1:1/weights")
+    with pytest.raises(DownloadError) as caught:
+        fetch_checkpoint(record)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_password_of_a_mirror_is_used_and_not_shown(record, server, httpserver, monkeypatch):
     monkeypatch.setenv("IABN_HUB_MIRROR", httpserver.url_for("/weights").replace("//", "//me:s3cret@"))
     server.answers = [Response("no", 403)]

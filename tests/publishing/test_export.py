@@ -321,3 +321,14 @@ def test_wrong_usage(listed, capsys, tmp_path, monkeypatch, line, says):
     assert code == 2
     assert says in capsys.readouterr().err
     assert shutil.os.listdir(tmp_path).count("x") == 0
+
+
+@pytest.mark.parametrize("tag", ["x/../../evil", "../evil", ".hidden", "a b", "", "x\n", "é"])
+def test_a_tag_that_is_no_word_writes_nothing(tmp_path, monkeypatch, capsys, tag):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "test_resnet_iabn.mnist", "--to-dir", "first"]) == 0
+    run = next(path.parent for path in (tmp_path / "first").rglob("config.json"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["export", f"test_resnet_iabn.{tag}", "--from", str(run), "--to-dir", "out/deep"]) == 2
+    assert "name it test_resnet_iabn.TAG" in capsys.readouterr().err
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()] == []
