@@ -138,7 +138,8 @@ def _megabytes(count: int) -> str:
 
 def is_norm(kind: str) -> bool:
     """Whether a class of this name normalises."""
-    return "norm" in kind.lower() or kind in ("ABN", "InPlaceABN", "InPlaceABNSync")
+    name = kind.lower()
+    return ("norm" in name and "normfree" not in name) or kind in ("ABN", "InPlaceABN", "InPlaceABNSync")
 
 
 def make_report(
