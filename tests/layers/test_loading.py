@@ -193,7 +193,7 @@ def test_the_folder_is_made_for_this_user_alone(fresh, tmp_path):
 
 
 @pytest.mark.slow
-def test_paths_with_spaces_quotes_and_dollars(tmp_path):
+def test_paths_with_spaces_quotes_and_dollars(fresh, tmp_path):
     """torch, the sources and the cache in such folders."""
     place = tmp_path / "it's $HOME my env"
     place.mkdir()
