@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -21,33 +22,28 @@ _FUNCTIONS: dict[int, Any] = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass(eq=False)
 class Normalisation:
     """act(w·(x - mean)/sqrt(var + eps) + b [+ residual]) of x (N, C, *), with everything given but x and the residual.
 
-    Args:
+    Attributes:
         weight, bias: (C,) or None; copied, since a sharded parameter may be away when the result is computed again.
         mean, var: (C,), or (N·C,) with `per_sample`; None until `measure` finds them.
         centred: they are the statistics of x, and so depend on it in the backward pass.
         per_sample: instance normalisation: the rows of one sample are channels of their own.
+        activation: number and parameter of the kernels.
+        joined: there is a residual.
     """
 
-    def __init__(
-        self,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Any,
-        var: Any,
-        eps: float,
-        centred: bool,
-        per_sample: bool,
-        activation: tuple[int, float] = (IDENTITY, 0.0),
-        joined: bool = False,
-    ) -> None:
-        self.weight, self.bias = weight, bias
-        self.mean, self.var, self.eps = mean, var, eps
-        self.centred, self.per_sample = centred, per_sample
-        self.activation = activation
-        self.joined = joined
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Any
+    var: Any
+    eps: float
+    centred: bool
+    per_sample: bool
+    activation: tuple[int, float] = (IDENTITY, 0.0)
+    joined: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -55,10 +51,7 @@ class Normalisation:
 
     def followed_by(self, activation: tuple[int, float] = (IDENTITY, 0.0), joined: bool = False) -> Normalisation:
         """The same with an activation, or with a residual as a second argument, in one pass over memory."""
-        return Normalisation(
-            self.weight, self.bias, self.mean, self.var, self.eps, self.centred, self.per_sample, activation,
-            joined or self.joined,
-        )  # fmt: skip
+        return dataclasses.replace(self, activation=activation, joined=joined or self.joined)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -278,3 +271,38 @@ def instance_norm(
     found: list[Normalisation] = []
     y: Tensor = Normalise.apply(x, weight, bias, None, eps, True, found)
     return y, found[0]
+
+
+def unsupported(x: Tensor, options: dict[str, Any], values_per_channel: int) -> str:
+    """Why the norm is left to torch, which may raise an error; empty if it is not."""
+    weight, bias = options.get("weight"), options.get("bias")
+    running = [options.get("running_mean"), options.get("running_var")]
+    given = [v for v in (weight, bias, *running) if v is not None]
+    if not x.requires_grad and (weight is None or not weight.requires_grad):
+        return "no gradient flows: its input and its weight do not require one"
+    if values_per_channel < 2:
+        return "one value per channel"
+    if type(x) is not Tensor or x.is_meta or not x.is_floating_point() or x.layout != torch.strided:
+        return f"its input is a {type(x).__name__} of {x.dtype} on {x.device}"
+    if (weight is None) != (bias is None) or (running[0] is None) != (running[1] is None):
+        return "it has only one of weight and bias, or of mean and variance"
+    if any(v.shape != x.shape[1:2] or v.device != x.device for v in given):
+        return "its parameters do not fit its input"
+    if not options.get("training", True) and running[0] is None:
+        return "it is in eval mode without running statistics"
+    if not options.get("eps", 1e-5) > 0:
+        return "its eps is 0"
+    if any(v.dtype != x.dtype and (x.dtype in _WIDE or v.dtype != torch.float32) for v in given):
+        return f"its input is {x.dtype}, its parameters {given[0].dtype}"
+    return ""
+
+
+_WIDE = (torch.float32, torch.float64)  # of which torch takes parameters of the same dtype alone
+
+
+def dense(x: Tensor) -> Tensor:
+    """x in the layout that torch gives the result of a norm: contiguous, or with the channels last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous()

@@ -77,10 +77,6 @@ class Concatenation:
         return torch.cat(parts, self.dim)
 
 
-def is_binary(name: str) -> bool:
-    return name in _NAMES and _NAMES[name][0] in _BINARY
-
-
 def is_known(function: Any, name: str) -> bool:
     """Whether this is one of torch's functions above, and not one of another library by the same name."""
     if name not in _NAMES or isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
@@ -168,3 +164,29 @@ def _norm(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     # Copies: a sharded parameter may be away when the result is computed again.
     options = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in values.items()}
     return Call(name, functools.partial(_call, getattr(F, name), [], options), [args[0]], False)
+
+
+def overwritten(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The arguments that a function may overwrite: torch's the first one and `out`, other operators any of them."""
+    any_of_them = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    for value in (*(args if any_of_them else args[:1]), *kwargs.values()):
+        for t in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(t, Tensor):
+                yield t
+
+
+def overwrites(name: str) -> bool:
+    """Whether a function of this name certainly overwrites its first argument."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name in _NAMES and _NAMES[name][0] in _BINARY)
+    return name.endswith("_")
+
+
+def may_overwrite(name: str, args: Any, kwargs: Any) -> bool:
+    return (
+        name.endswith("_")
+        or name.startswith("_foreach")
+        or "out" in kwargs
+        or kwargs.get("inplace") is True
+        or any(a is True for a in args)
+    )

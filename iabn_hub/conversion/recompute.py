@@ -80,11 +80,15 @@ class Recipe:
         self.depth: int = 1 + max([source.recipe.depth for source in sources if isinstance(source, View)], default=0)
 
     def get(self, number: int = 0) -> Tensor:
-        """The tensor, with the strides it had, for the slot of that number."""
+        """The tensor, with the strides it had, for the slot of that number, which has it now."""
+        if number in self.users:
+            self.users.remove(number)
         t = self.shared()
         if t is None:
             t = self._compute_all(number)
-        if self._is_wanted_soon(number):
+        if not self.users:
+            self.copy = None
+        elif self._is_wanted_soon(number):
             self.copy = t
         return t.detach() if t.requires_grad else t
 
@@ -96,13 +100,6 @@ class Recipe:
         """The tensor, if somebody holds it as it was."""
         t = self.copy if self.copy is not None else self.alive()
         return t if t is not None and t._version == self.version else None
-
-    def used(self, number: int) -> None:
-        """The slot of that number has it."""
-        if number in self.users:
-            self.users.remove(number)
-        if not self.users:
-            self.copy = None
 
     def _is_wanted_soon(self, number: int) -> bool:
         """Whether the next slot to be asked for it, in reverse order, was made shortly before that of this number."""
@@ -239,13 +236,7 @@ class Slot:
             content.recipe.users.append(self.number)
 
     def get(self) -> Tensor:
-        if not isinstance(self.content, View):
-            return self.content.get()
-        recipe = self.content.recipe
-        held = recipe.copy  # which the last of its users lets go
-        recipe.used(self.number)
-        t = self.content.view_of(held) if held is not None and held._version == recipe.version else None
-        return self.content.get(self.number) if t is None else t
+        return self.content.get(self.number) if isinstance(self.content, View) else self.content.get()
 
     def tensors(self) -> list[Tensor]:
         """Those that this holds in memory."""

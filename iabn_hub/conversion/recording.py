@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..layers.activations import ELU, LEAKY_RELU
 from ..layers.degenerate import RENEWAL, SMALLEST_SCALE, can_look
 from . import norms
 from .norms import Activate, Normalisation
-from .operators import Call, Concatenation, is_binary, is_known, read_call
+from .operators import Call, Concatenation, is_known, may_overwrite, overwrites, overwritten, read_call
 from .recompute import Inverse, Kept, Recipe, Slot, View, bytes_of, geometry, storage_of
 
 METHODS = ("auto", "recompute", "invert")
@@ -98,9 +98,9 @@ class Recording(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name == "__get__":  # an attribute, such as x.shape
             return function(*args, **kwargs)
-        if self.extra and _may_overwrite(name, args, kwargs):
-            self._secure(_overwritten(function, args, kwargs))
-        if args and isinstance(args[0], Tensor) and _overwrites(name):
+        if self.extra and may_overwrite(name, args, kwargs):
+            self._secure(overwritten(function, args, kwargs))
+        if args and isinstance(args[0], Tensor) and overwrites(name):
             before = self.recipes.get(storage_of(args[0]))
             result = self._call(function, name, args, kwargs)
             self._forget_overwritten(args[0], before)
@@ -239,11 +239,11 @@ class Recording(TorchFunctionMode):
     def _batch_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         options = dict(zip(_BATCH_NORM, args)) | kwargs
         per_channel = x.numel() // max(1, x.size(1)) if x.dim() > 1 else 0
-        reason = _unsupported(x, options, per_channel)
+        reason = norms.unsupported(x, options, per_channel)
         if reason:
             self._observe("leave", reason)
             return F.batch_norm(x, *args, **kwargs)
-        return self._norm(_dense(x), options, norms.batch_norm)
+        return self._norm(norms.dense(x), options, norms.batch_norm)
 
     def _instance_norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         options = dict(zip(_INSTANCE_NORM, args)) | kwargs
@@ -252,11 +252,13 @@ class Recording(TorchFunctionMode):
         uses_input = options.pop("use_input_stats", True)
         options.pop("momentum", None)
         per_channel = x.numel() // max(1, x.size(0) * x.size(1)) if x.dim() > 2 else 0
-        reason = "it has running statistics" if running or not uses_input else _unsupported(x, options, per_channel)
+        reason = (
+            "it has running statistics" if running or not uses_input else norms.unsupported(x, options, per_channel)
+        )
         if reason:
             self._observe("leave", reason)
             return F.instance_norm(x, *args, **kwargs)
-        return self._norm(_dense(x), options, norms.instance_norm)
+        return self._norm(norms.dense(x), options, norms.instance_norm)
 
     def _norm(self, x: Tensor, options: dict[str, Any], function: Any) -> Tensor:
         source = self._source(x)
@@ -367,67 +369,6 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _run(function: Any, rest: Any, y: Tensor) -> Tensor:
     z: Tensor = function(y, *rest)
     return z
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x in the layout that torch gives the result of a norm: contiguous, or with the channels last."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last):
-        return x
-    return x.contiguous()
-
-
-def _overwritten(function: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The arguments that a function may overwrite: torch's the first one and `out`, other operators any of them."""
-    any_of_them = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    for value in (*(args if any_of_them else args[:1]), *kwargs.values()):
-        for t in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(t, Tensor):
-                yield t
-
-
-def _overwrites(name: str) -> bool:
-    """Whether a function of this name certainly overwrites its first argument."""
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and is_binary(name))
-    return name.endswith("_")
-
-
-def _may_overwrite(name: str, args: Any, kwargs: Any) -> bool:
-    return (
-        name.endswith("_")
-        or name.startswith("_foreach")
-        or "out" in kwargs
-        or kwargs.get("inplace") is True
-        or any(a is True for a in args)
-    )
-
-
-def _unsupported(x: Tensor, options: dict[str, Any], values_per_channel: int) -> str:
-    """Why the norm is left to torch, which may raise an error; empty if it is not."""
-    weight, bias = options.get("weight"), options.get("bias")
-    running = [options.get("running_mean"), options.get("running_var")]
-    given = [v for v in (weight, bias, *running) if v is not None]
-    if not x.requires_grad and (weight is None or not weight.requires_grad):
-        return "no gradient flows: its input and its weight do not require one"
-    if values_per_channel < 2:
-        return "one value per channel"
-    if type(x) is not Tensor or x.is_meta or not x.is_floating_point() or x.layout != torch.strided:
-        return f"its input is a {type(x).__name__} of {x.dtype} on {x.device}"
-    if (weight is None) != (bias is None) or (running[0] is None) != (running[1] is None):
-        return "it has only one of weight and bias, or of mean and variance"
-    if any(v.shape != x.shape[1:2] or v.device != x.device for v in given):
-        return "its parameters do not fit its input"
-    if not options.get("training", True) and running[0] is None:
-        return "it is in eval mode without running statistics"
-    if not options.get("eps", 1e-5) > 0:
-        return "its eps is 0"
-    if any(v.dtype != x.dtype and (x.dtype in _WIDE or v.dtype != torch.float32) for v in given):
-        return f"its input is {x.dtype}, its parameters {given[0].dtype}"
-    return ""
-
-
-_WIDE = (torch.float32, torch.float64)  # of which torch takes parameters of the same dtype alone
 
 
 def _in_one_pass(
