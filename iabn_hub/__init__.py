@@ -4,6 +4,11 @@ Importing this package registers its models in timm, and teaches the tools that 
 (`compatibility`). It compiles nothing and touches no network.
 """
 
+# ruff: noqa: E402
+from .starting import end_at_interrupt
+
+end_at_interrupt()
+
 from . import compatibility
 from .compatibility import install_as_inplace_abn
 from .conversion import convert, restore, to_batchnorm

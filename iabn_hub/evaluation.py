@@ -10,9 +10,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .datasets.samples import Batch
+from .terminal import progress_bar
 from .world import World, autocast
 
 
@@ -82,9 +82,9 @@ def evaluate(
     normalize.eval()
     started = time.perf_counter()
     total = len(batches) if isinstance(batches, Sized) else None
-    hidden = None if description and world.is_primary else True
+    shown = bool(description) and world.is_primary
     with torch.inference_mode():
-        for batch in tqdm(batches, description, total, unit="batch", disable=hidden, leave=False):
+        for batch in progress_bar(batches, description, shown, total=total, unit="batch", leave=False):
             metrics.skipped += batch.skipped
             if len(batch.labels) == 0:
                 continue

@@ -5,15 +5,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 class LockTimeoutError(TimeoutError):
     """Another process has held a lock for longer than this one waits."""
+
+
+class InUseError(ValueError):
+    """Another process is writing into a folder; the message says which."""
 
 
 class NoHomeError(RuntimeError):
@@ -111,3 +122,71 @@ def locked(target: Path, timeout: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+FOLDER_LOCK = ".iabn_hub.lock"
+LOCK_SECONDS = 3.0  # a process that was told to stop may take so long to close its files
+_held: set[int] = set()  # descriptors of locks
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Let no other process of this package write into `folder`, which is made if missing.
+
+    The system releases the lock when this process ends, however it ends. Its file in the folder names the process, and
+    is removed at the end; so is a folder that was made here and is empty. Without flock (Windows) nothing is locked.
+
+    Raises:
+        InUseError: another process holds it; says which, since when, and what to do.
+        OSError: the folder cannot be written.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FOLDER_LOCK
+    started = time.monotonic()
+    while (lock := _lock(path)) is None:
+        if time.monotonic() - started > LOCK_SECONDS:
+            owner = ""
+            with contextlib.suppress(OSError):
+                owner = path.read_text(errors="replace")[:500].strip()
+            raise InUseError(
+                f"{folder}: is in use by {owner or 'another process'}; wait for it, stop it, or name another folder"
+            )
+        time.sleep(0.05)
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, started {when}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _held.discard(lock)
+        os.close(lock)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of the locked file at `path`, or None if another process holds it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), path.stat()):  # else its owner has just removed it
+            _held.add(lock)
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
+
+
+def _close_locks() -> None:
+    """In a forked process, such as a worker that reads images: a lock ends with the process that took it."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)

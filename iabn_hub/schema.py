@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import re
+import stat
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -15,6 +19,10 @@ from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 LONGEST_VALUE = 80  # characters of a value that a message shows
+DEEPEST = 32  # levels of lists and objects
+LONGEST_INTEGER = 18  # digits and sign: what fits 64 bits
+LARGEST_FILE = 16 << 20  # bytes
+_UNUSABLE = re.compile("[\x00\ud800-\udfff]")
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -48,19 +56,68 @@ def require(condition: bool, message: str) -> None:
 
 
 def read_json(text: str) -> Any:
-    """Parsed JSON without the NaN and Infinity that Python's parser would accept.
+    """Parsed JSON whose values every program can hold: finite numbers, integers of 64 bits, printable texts, and
+    lists and objects up to `DEEPEST` levels deep.
 
     Raises:
-        ValueError: not JSON, or nested too deeply.
+        ValueError: not such JSON.
     """
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is not a number")
+        raise ValueError(f"{_shortened(name)} is not a number")
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits)
+
+    def integer(digits: str) -> int:
+        if len(digits) > LONGEST_INTEGER:
+            raise ValueError(f"{_shortened(digits)} is too large a number")
+        return int(digits)
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        content = json.loads(text, parse_constant=refuse, parse_float=real, parse_int=integer)
     except RecursionError as e:
-        raise ValueError("nested too deeply") from e
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels") from e
+    _check_json(content, 0)
+    return content
+
+
+def _check_json(value: Any, depth: int) -> None:
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+    if isinstance(value, str) and _UNUSABLE.search(value):
+        raise ValueError(f"the text {_shortened(ascii(value))} has a NUL character or half of a surrogate pair")
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    for each in inner:
+        _check_json(each, depth + 1)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
+
+
+def load_json(path: Path, error: Callable[[str], Exception]) -> Any:
+    """`read_json` of a file in UTF-8.
+
+    Args:
+        error: makes the exception of a sentence that names the file.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise error(f"{path}: is not a file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except OSError as e:
+        raise error(f"{path}: cannot be read ({e.strerror})") from e
+    if len(content) > LARGEST_FILE:
+        raise error(f"{path}: has more than {LARGEST_FILE:,} bytes")
+    try:
+        return read_json(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise error(f"{path}: is not text in UTF-8 ({e.reason} at byte {e.start})") from e
+    except ValueError as e:
+        raise error(f"{path}: is not JSON: {e}") from e
 
 
 def parse(cls: type[T], content: Any, error: Callable[[str], Exception]) -> T:
@@ -94,8 +151,7 @@ def _sentence(cls: Any, error: ValidationError) -> str:
     if kind == "value_error":  # of a `require`, which names the field itself
         inside = f"{name}." if name else ""
         return inside + message
-    value = repr(first["input"])
-    value = value if len(value) <= LONGEST_VALUE else value[:LONGEST_VALUE] + "…"
+    value = _shortened(repr(first["input"]))
     return f"{name or 'the content'} is {value}: {message.replace('Input should be', 'must be')}"
 
 

@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+
+from .files import InUseError, exclusive
 
 
 class DeviceError(ValueError):
@@ -52,6 +55,25 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    @contextlib.contextmanager
+    def exclusive(self, folder: Path) -> Iterator[None]:
+        """`files.exclusive`, held by rank 0 for all ranks.
+
+        Raises:
+            InUseError, OSError: on every rank.
+        """
+        with contextlib.ExitStack() as stack:
+            error: Exception | None = None
+            if self.is_primary:
+                try:
+                    stack.enter_context(exclusive(folder))
+                except (InUseError, OSError) as e:
+                    error = e
+            error = self.broadcast_object(error)
+            if error is not None:
+                raise error
+            yield
 
     def broadcast_buffers(self, network: nn.Module) -> None:
         """Overwrite the buffers of every rank, such as running statistics, with those of rank 0."""

@@ -14,9 +14,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ..schema import Integer, parse, read_json, record_class, replaced, require, to_dict
+from pydantic import Field
+
+from ..schema import Integer, load_json, parse, record_class, replaced, require, to_dict
 from .errors import CatalogueError, UnknownNameError
 
 _logger = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ ENVIRONMENT = "IABN_HUB_CATALOGUE"
 NOT_OPTIONS = {"num_classes", "in_chans", "features_only", "device", "dtype"}
 TAG = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)  # it becomes part of file names
 SUFFIXES = {"legacy": ".pth.tar", "iabn_hub": ".safetensors"}
+
+
+Size = Annotated[Integer, Field(gt=0)]
 
 
 @record_class
@@ -77,6 +82,7 @@ class HubFile:
     md5: str
     revision: str = "main"
     filename: str = "model.safetensors"
+    bytes: Size | None = None
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo)), f"repo is {self.repo!r}, not ORG/NAME")
@@ -87,8 +93,8 @@ class HubFile:
 class Checkpoint:
     """One published file of weights.
 
-    `file` is a path relative to the catalogue that lists it, for weights that are already on this machine.
-    `options` are arguments for the model that the weights need.
+    `bytes` is the size of the file. `file` is a path relative to the catalogue that lists it, for weights that are
+    already on this machine. `options` are arguments for the model that the weights need.
     """
 
     model: str
@@ -97,12 +103,13 @@ class Checkpoint:
     task: Literal["classification", "segmentation"] = "classification"
     layout: Literal["legacy", "iabn_hub"] = "legacy"
     file: str | None = None
+    bytes: Size | None = None
     google_drive_id: str | None = None
     hub: HubFile | None = None
     dataset: str = "imagenet-1k"
     num_classes: Integer = 1000
     classes: tuple[str, ...] | None = None
-    parameters: Integer | None = None
+    parameters: Size | None = None
     input: Preprocessing = field(default_factory=Preprocessing)
     options: Mapping[str, Any] = field(default_factory=dict)
     results: tuple[Result, ...] = ()
@@ -155,12 +162,7 @@ def read_catalogue(path: str | os.PathLike[str]) -> tuple[Checkpoint, ...]:
         CatalogueError: the file cannot be read or a record is invalid; names file, record and field.
     """
     path = Path(path)
-    try:
-        content = read_json(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise CatalogueError(f"{path}: cannot read this catalogue ({e.strerror}); check {ENVIRONMENT}") from e
-    except ValueError as e:
-        raise CatalogueError(f"{path}: not a JSON file ({e})") from e
+    content = load_json(path, lambda text: CatalogueError(f"{text}; check {ENVIRONMENT}"))
     if not isinstance(content, dict) or not isinstance(content.get("checkpoints"), list):
         raise CatalogueError(f"{path}: expected an object with a list 'checkpoints'")
     citations = content.get("citations", {})
@@ -213,7 +215,7 @@ def records_at_import() -> dict[str, Checkpoint]:
     """
     try:
         return records()
-    except CatalogueError as e:
+    except Exception as e:  # whatever an added file may bring about
         _logger.warning("%s. Added catalogues are left out.", e)
         return {record.name: record for record in read_catalogue(BUILT_IN)}
 

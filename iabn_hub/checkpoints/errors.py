@@ -1,8 +1,13 @@
 """What can go wrong between a checkpoint's name and its weights. Every message names the way out."""
 
+from ..terminal import without_secrets
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be found, fetched, verified or loaded."""
+    """A checkpoint cannot be found, fetched, verified or loaded. The message has no passwords and no tokens."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class UnknownNameError(CheckpointError):

@@ -24,10 +24,11 @@ import torch
 from tqdm import tqdm
 
 from ..files import LockTimeoutError, NoHomeError, expanded, locked, md5_of
+from ..terminal import progress_bar, without_secrets
 from .catalogue import Checkpoint, HubFile
-from .download import download
+from .download import download, note_of
 from .errors import CacheError, ChecksumError, DownloadError, OfflineError
-from .verify import is_verified, recheck, remember, require_md5
+from .verify import is_verified, noted_size, recheck, remember, require_md5
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 LOCK_TIMEOUT = 3600  # seconds another process may take for its download of the same file
@@ -167,30 +168,39 @@ def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator
     if mirror:
         for candidate in candidates:  # a mirror has the published file, or that of the Hub
             url = f"{mirror}/{quote(candidate[0].name)}"
-            yield _Source(f"mirror {_without_password(url)}", _reader(url)), candidate
+            yield _Source(f"mirror {without_secrets(url)}", _reader(url, record, *candidate)), candidate
     hub = record.hub
     if hub:
-        yield _Source(f"Hub {hub.repo}@{hub.revision}", lambda part, bar: _from_hub(hub, part)), candidates[1]
+        limit = _limit(record)
+        yield _Source(f"Hub {hub.repo}@{hub.revision}", lambda part, bar: _from_hub(hub, part, limit)), candidates[1]
     if record.google_drive_id:
         query = urlencode({"id": record.google_drive_id, "export": "download", "confirm": "t"})
         url = f"https://drive.usercontent.google.com/download?{query}"
-        yield _Source(f"Google Drive {record.google_drive_id}", _reader(url)), candidates[0]
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", _UNQUOTED_PASSWORD.sub("//", url))
+        yield _Source(f"Google Drive {record.google_drive_id}", _reader(url, record, *candidates[0])), candidates[0]
 
 
 _UNQUOTED_PASSWORD = re.compile(r"//[^\s/@:]*:(?!\d+/)[^\s@]*/[^\s@]*@")  # it contains '/', and is no port
+LARGEST = 8 << 30  # bytes of a file of which nothing is known
+OPTIMIZER = 4  # a file may hold the weights, and an optimizer's state of up to three times their size
+MARGIN = 64 << 20  # bytes of whatever else a training script stored
 
 
-def _reader(url: str) -> Callable[[Path, tqdm[Any]], None]:
+def _limit(record: Checkpoint) -> int:
+    """The most bytes that the file of a record can have."""
+    return 4 * record.parameters * OPTIMIZER + MARGIN if record.parameters else LARGEST
+
+
+def _reader(url: str, record: Checkpoint, target: Path, md5: str) -> Callable[[Path, tqdm[Any]], None]:
     scheme, _, path = url.partition("://")
+    if record.hub and md5 == record.hub.md5 != record.md5:
+        size = record.hub.bytes
+    else:
+        size = record.bytes or noted_size(target, md5)
     if scheme == "file":
         return lambda part, bar: _copy(Path(url2pathname(urlsplit(f"file://{path}").path)), part, bar)
     quoted = not _UNQUOTED_PASSWORD.search(url)
     if scheme in ("http", "https") and quoted:
-        return lambda part, bar: download(url, part, bar)
+        return lambda part, bar: download(url, part, bar, _limit(record), size)
 
     def refuse(part: Path, bar: tqdm[Any]) -> None:
         if not quoted:
@@ -213,9 +223,13 @@ def _copy(origin: Path, part: Path, bar: tqdm[Any]) -> None:
             bar.update(len(chunk))
 
 
-def _from_hub(hub: HubFile, part: Path) -> None:
+def _from_hub(hub: HubFile, part: Path, limit: int) -> None:
     staging = part.with_name(part.name + ".hub")
     try:
+        url = huggingface_hub.hf_hub_url(hub.repo, hub.filename, revision=hub.revision)
+        size = huggingface_hub.get_hf_file_metadata(url).size
+        if size is not None and (size > limit or hub.bytes not in (None, size)):
+            raise DownloadError(f"the file has {size:,} bytes, expected {hub.bytes or f'{limit:,} at most'}")
         # The Hub's own cache is left out: one cache, and one place where a digest is checked.
         path = huggingface_hub.hf_hub_download(hub.repo, hub.filename, revision=hub.revision, local_dir=staging)
         os.replace(path, part)
@@ -229,9 +243,7 @@ def _from_hub(hub: HubFile, part: Path) -> None:
 def _save(record: Checkpoint, source: _Source, target: Path, md5: str, progress: bool) -> Path:
     # The digest is in the name, so that a resumed download never continues another version of the file.
     part = target.with_name(f"{target.name}.{md5[:8]}.partial")
-    bar: tqdm[Any] = tqdm(
-        desc=record.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None if progress else True
-    )
+    bar = progress_bar(None, record.name, progress, unit="B", unit_scale=True, unit_divisor=1024)
     try:
         resumed = part.exists()
         with bar:
@@ -251,8 +263,9 @@ def _save(record: Checkpoint, source: _Source, target: Path, md5: str, progress:
         os.replace(part, target)
         remember(target, md5)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        for left in (part, note_of(part)):
+            with contextlib.suppress(OSError):
+                left.unlink()
         raise CacheError(
             f"{part}: cannot write ({e.strerror}): free some space, or set IABN_HUB_CACHE to another folder"
         ) from e

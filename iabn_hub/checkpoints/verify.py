@@ -38,6 +38,14 @@ def remember(path: Path, md5: str) -> None:
         _note(path).write_text(" ".join([md5, *_stamp(path)]) + "\n")
 
 
+def noted_size(path: Path, md5: str) -> int | None:
+    """The size in bytes of a file with this md5 that was at `path` before, where that is known."""
+    with contextlib.suppress(OSError, ValueError):
+        noted, size, _ = _note(path).read_text().split()
+        return int(size) if noted == md5 else None
+    return None
+
+
 def _note(path: Path) -> Path:
     return path.with_name(path.name + ".md5")
 

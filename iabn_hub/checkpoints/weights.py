@@ -6,6 +6,7 @@ import argparse
 import json
 import pickle
 import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from ..files import write_atomically
 from .errors import CheckpointError
-from .legacy import to_current
+from .legacy import flat, to_current
 
 BEST = "best.pt"  # the snapshot of the best epoch of a run
+WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"  # of a run: its last epoch, and its best
 SNAPSHOT_KEYS = {"model", "ema", "optimizer", "position", "recipe", "classes"}
 # What training scripts store beside weights and what holds no code: options, and numbers of numpy.
 _NUMBERS = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
@@ -48,6 +50,7 @@ def read_weights(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: there is no such file")
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        _check_archive(path)
         with torch.serialization.safe_globals(PLAIN_VALUES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
@@ -58,15 +61,43 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not a file of weights, or holds code, which is never run") from e
     except Exception as e:  # a damaged file fails in as many ways as it has bytes
         raise CheckpointError(f"{path}: is not a file of weights, or is damaged ({type(e).__name__})") from e
+    if isinstance(content, dict) and content.keys() >= SNAPSHOT_KEYS:
+        content = content["ema"] or content["model"]  # what was validated
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    empty = [name for name, value in content.items() if isinstance(value, Tensor) and value.is_meta]
-    if empty:
-        raise CheckpointError(f"{path}: {empty[0]} is on the meta device: it has a shape, but no values")
+    for name, value in flat(content).items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise CheckpointError(f"{path}: {name} is on the meta device: it has a shape, but no values")
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            needed = value.numel() * value.element_size()
+            if needed > value.untyped_storage().nbytes():
+                raise CheckpointError(f"{path}: {name} would take {needed:,} bytes, which the file does not hold")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a file of torch.save whose records are compressed, overlap or are damaged; torch looks at none of it.
+
+    A compressed record of a megabyte can unpack to gigabytes.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch's older format, a pickle followed by the bytes of the tensors
+            return
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        for each in records:
+            if each.compress_type != zipfile.ZIP_STORED or each.file_size != each.compress_size:
+                raise CheckpointError(
+                    f"{path}: the record {each.filename!r} is compressed, which torch.save never does: it was not read"
+                )
+        if sum(each.file_size for each in records) > path.stat().st_size:
+            raise CheckpointError(f"{path}: its records are larger than the file: it was not read")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: is damaged: the record {damaged!r} does not have its CRC-32")
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:
@@ -76,7 +107,10 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         CheckpointError: not there, damaged, or not a snapshot.
     """
     try:
+        _check_archive(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError as e:
         raise CheckpointError(f"{path}: there is no such file") from e
     except Exception as e:  # a damaged file fails in as many ways as it has bytes
@@ -100,7 +134,7 @@ def _with_new_names(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-WEIGHT_FILES = ("model.safetensors", "*.safetensors", "*.pth.tar", "*.pth", "*.pt", "*.bin")
+WEIGHT_FILES = (WEIGHTS, "*.safetensors", "*.pth.tar", "*.pth", "*.pt", "*.bin")
 
 
 def weights_in(folder: Path) -> Path:

@@ -16,8 +16,9 @@ import huggingface_hub
 
 from ..checkpoints.catalogue import find, records
 from ..checkpoints.errors import CheckpointError, UnknownNameError
-from ..files import md5_of
-from ..publishing.export import WEIGHTS, Export, check, export_of, write_repository
+from ..checkpoints.weights import WEIGHTS
+from ..files import exclusive, md5_of
+from ..publishing.export import Export, check, export_of, write_repository
 from ..publishing.hub import Target, differences, push
 from .frame import FAILED, INTERRUPTED, OK, complain, complete_names, json_option, options, print_json
 
@@ -36,6 +37,7 @@ target_options = options(
 @click.option("--all", "everything", is_flag=True, help="Every checkpoint of the catalogue.")
 @click.option("--from", "given", type=click.Path(path_type=Path), metavar="FILE|RUN",
               help="Take the weights from this file, snapshot or run.")  # fmt: skip
+@click.option("--best", is_flag=True, help="Of a run, take the best epoch instead of the last.")
 @target_options
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and upload nothing.")
 @click.option(
@@ -88,6 +90,8 @@ def _check_usage(names: tuple[str, ...], everything: bool, given: dict[str, Any]
         raise click.UsageError("name the checkpoints, or pass --all")
     if not (given["to_dir"] or given["repo"] or given["dry_run"] or given["check"]):
         raise click.UsageError("name a target: --to-dir DIR, --repo ORG/NAME or both")
+    if given["best"] and not given["given"]:
+        raise click.UsageError("--best chooses an epoch of a run: name the run with --from")
     if given["repo"] and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given["repo"]):
         raise click.UsageError(f"--repo is {given['repo']!r}, not ORG or ORG/NAME")
 
@@ -110,8 +114,9 @@ def _matching(names: tuple[str, ...], given: Path | None) -> list[str]:
 def _one(name: str, given: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name}
     try:
-        with _folder(given["to_dir"], name) as folder:
-            _publish(name, folder, given, row)
+        export = export_of(name, given["given"], given["best"])
+        with _folder(given["to_dir"], export.name) as folder:
+            _publish(export, folder, given, row)
     except UnknownNameError:
         raise
     except (CheckpointError, OSError, ValueError) as e:
@@ -123,20 +128,20 @@ def _one(name: str, given: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _folder(to_dir: Path | None, name: str) -> Iterator[Path]:
     if to_dir is not None:
-        yield to_dir / name
+        with exclusive(to_dir / name):
+            yield to_dir / name
         return
     with tempfile.TemporaryDirectory(prefix="iabn_hub-export-") as folder:
         yield Path(folder) / name
 
 
-def _publish(name: str, folder: Path, given: dict[str, Any], row: dict[str, Any]) -> None:
+def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str, Any]) -> None:
     """Export one checkpoint; what was done is added to `row`."""
 
     def report(text: str) -> None:
         if not given["as_json"]:
             print(text, flush=True)
 
-    export = export_of(name, given["given"])
     repo = given["repo"]
     if repo is not None and "/" not in repo:
         repo = f"{repo}/{export.name}"

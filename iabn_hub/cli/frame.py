@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..checkpoints.catalogue import records
 from ..checkpoints.errors import CatalogueError, CheckpointError, UnknownNameError
 from ..layers.backends.building import BuildError
 from ..recipes import RecipeError
+from ..starting import raise_at_interrupt
+from ..terminal import raw, safe_streams
 from ..world import DeviceError
 
 PROGRAM = "iabn-hub"
@@ -37,6 +39,7 @@ RENAMED_OPTIONS = {
     "--scale": "--resize",
     "--networks": "",  # its values are arguments now
 }
+LONGEST_NAME = 500  # characters of a path that a message shows
 WIDE = 200  # columns of a table that goes to a file or a pipe
 
 
@@ -81,13 +84,12 @@ def app() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    if sys.stdout is None:  # closed, as by '>&-'
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # print names that the terminal cannot show
+    raise_at_interrupt()
+    with safe_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app.main(None if arguments is None else list(arguments), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
@@ -100,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: BaseException) -> int:
-    """Report an error in one sentence; returns the exit code of its kind. What is not known here is raised again."""
+    """Report an error in one sentence, or in full if its kind is not known; returns the exit code of its kind."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return USAGE
@@ -112,12 +114,17 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, CheckpointError | BuildError | FloatingPointError | ValueError):
         return complain(error, FAILED)
     if isinstance(error, OSError):
-        text = f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
+        name = str(error.filename or "output")
+        name = name if len(name) < LONGEST_NAME else name[:LONGEST_NAME] + "…"
+        text = f"{name}: {error.strerror}" if error.strerror else str(error)
         return complain(text, FAILED)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return complain("interrupted", INTERRUPTED)
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
+    if isinstance(error, Exception):
+        traceback.print_exception(error)
+        return complain("this is a bug in iabn_hub: please report it, with the lines above")
     raise error
 
 
@@ -219,5 +226,9 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """For tables: as wide as the terminal, and wide enough for whole names in a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False, emoji=False, markup=False)
+    """For tables: as wide as the terminal, and wide enough for whole names in a file or a pipe.
+
+    It writes escape sequences of its own: show nothing in it that was not checked.
+    """
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(file=raw(sys.stdout), width=width, highlight=False, emoji=False, markup=False)

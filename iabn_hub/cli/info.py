@@ -34,7 +34,7 @@ def command(name: str, as_json: bool) -> None:
     print(record.name)
     for key in SHOWN:
         if facts[key] not in (None, ""):
-            print(f"  {key:<16} {facts[key]}")
+            print(f"  {key:<16} {' '.join(str(facts[key]).split())}")
     for result in record.results:
         print(f"  {'result':<16} {_figures(result)}")
     print(f"  {'input':<16} {record.input}")

@@ -54,8 +54,9 @@ run_options = options(
                  help="Snapshots to keep, besides the best."),
     click.option("--snapshot-minutes", type=click.FloatRange(min=0), default=30, show_default=True,
                  help="Minutes between snapshots within an epoch."),
-    click.option("--max-broken", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="Unreadable images to tolerate."),
+    click.option("--max-broken", type=click.IntRange(min=0), metavar="N",
+                 help="Unreadable images to tolerate (default: 1 % of the training images, at least 10)."),
+    click.option("--best", is_flag=True, help="Write the best epoch as model.safetensors, instead of the last."),
 )  # fmt: skip
 dataset_options = options(
     click.option("--dataset", default="", help="timm's name of a dataset: wds, hfds/NAME, hfids/NAME, torch/cifar10 …"),
@@ -90,10 +91,12 @@ def command(recipe: str, data: str, **given: Any) -> int:
     it is the folder of Mapillary Vistas (training/, validation/) or Cityscapes (leftImg8bit/, gtFine/).
 
     --out receives snapshots/ (the best as best.pt), recipe.json (with all changes), train.log, metrics.csv,
-    tensorboard/, and at the end model.safetensors, config.json, metrics.json and report.html.
+    tensorboard/, and at the end model.safetensors (the last epoch), best.safetensors, config.json, metrics.json and
+    report.html.
 
     A run that was stopped or killed continues with the same command and --resume auto, and ends with the same weights.
-    Ctrl-C and SIGTERM save a snapshot first.
+    With --resume auto from the start, one command serves every start: --pretrained counts where there is no snapshot.
+    Ctrl-C and SIGTERM save a snapshot first. Two processes cannot train into the same folder.
 
     \b
     Examples:
@@ -108,8 +111,10 @@ def command(recipe: str, data: str, **given: Any) -> int:
         return OK
     if not data and not given["dataset"]:
         raise click.UsageError("name the folder of the images: RECIPE DATA")
-    if given["resume"] and (given["overwrite"] or given["pretrained"] is not None):
-        raise click.UsageError("--resume continues a run: leave --overwrite and --pretrained out")
+    if given["resume"] and given["overwrite"]:
+        raise click.UsageError("--resume continues a run: leave --overwrite out")
+    if given["resume"] not in (None, "auto") and given["pretrained"] is not None:
+        raise click.UsageError("a snapshot holds its own weights: leave --pretrained out, or pass --resume auto")
     path = find_recipe(recipe)
     chosen = _with_changes(path, given)
     run = _options(data, given, given["out"] or Path("runs") / path.stem)
@@ -142,7 +147,7 @@ def _with_changes(path: Path, given: dict[str, Any]) -> Recipe:
 
 def _options(data: str, given: dict[str, Any], out: Path) -> Options:
     location = ("dataset", "train_split", "val_split", "train_samples", "val_samples", "download")
-    run = ("resume", "overwrite", "pretrained", "workers", "keep", "snapshot_minutes", "max_broken")
+    run = ("resume", "overwrite", "pretrained", "workers", "keep", "snapshot_minutes", "max_broken", "best")
     return Options(
         out=out, location=Location(data, **{name: given[name] for name in location}),
         **{name: given[name] for name in run},

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..files import write_atomically
+from ..terminal import progress_bar
 from ..world import World
 from .images import ImageError
 from .loaders import start_worker
@@ -49,7 +49,7 @@ def find_presence(dataset: SegmentationDataset, cache: Path, workers: int, world
         _Labels(dataset), batch_size=None, sampler=mine, num_workers=workers, generator=torch.Generator(),
         worker_init_fn=start_worker,
     )  # fmt: skip
-    bar = tqdm(loader, "classes of the images", len(mine), unit="file", disable=None if world.is_primary else True)
+    bar = progress_bar(loader, "classes of the images", world.is_primary, total=len(mine), unit="file")
     rows = list(zip(mine, bar))
     presence = np.zeros((len(dataset), dataset.num_classes), bool)
     every = [row for share in world.all_gather_object(rows) for row in share]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,16 @@ def _open_folder(root: Path, split: str) -> Any:
 
 
 def classes_of(dataset: Any) -> tuple[str, ...] | None:
-    """The names of its classes in the order of the labels; None where it does not know them."""
+    """The names of its classes in the order of the labels; None where it does not know them.
+
+    Raises:
+        DataError: a name is not UTF-8, which no file of a run could hold.
+    """
     reader = getattr(dataset, "reader", dataset)
     numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    for name in numbers or ():
+        if re.search("[\ud800-\udfff]", str(name)):
+            raise DataError(f"the folder {name!a} of a class has a name that is not UTF-8: rename it")
     return tuple(sorted(numbers, key=lambda name: int(numbers[name]))) if numbers else None
 
 

@@ -36,7 +36,7 @@ def open_rgb(path: str | os.PathLike[str], file: IO[bytes] | None = None) -> Ima
     except UnidentifiedImageError as e:
         raise ImageError(f"{path}: is not an image in a format that can be read") from e
     except Image.DecompressionBombError as e:
-        raise ImageError(f"{path}: is too large an image ({e})") from e
+        raise ImageError(f"{path}: has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels") from e
     except Exception as e:  # a damaged picture fails in as many ways as there are decoders
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e) or type(e).__name__
         raise ImageError(f"{path}: cannot be read as an image: {reason}") from e

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..schema import load_json
 from .folders import DataError
 from .images import ImageError, open_rgb
 from .samples import Samples
@@ -150,12 +150,12 @@ def _classes(root: Path) -> list[tuple[str, bool]] | None:
         path = root / name
         if not path.is_file():
             continue
+        content = load_json(path, DataError)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, list) and content and all(isinstance(each, str) for each in content):
                 return [(each, True) for each in content]
             return [(str(each["readable"]), bool(each["evaluate"])) for each in content["labels"]]
-        except (ValueError, KeyError, TypeError) as e:
+        except (KeyError, TypeError) as e:
             raise DataError(
                 f"{path}: is neither a list of names nor Vistas' description of its labels ({type(e).__name__}: {e})"
             ) from e

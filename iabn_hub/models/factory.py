@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,7 +12,8 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..checkpoints.catalogue import records, records_at_import, suggest
-from ..checkpoints.errors import UnknownNameError
+from ..checkpoints.errors import CheckpointError, UnknownNameError
+from ..checkpoints.weights import BEST, read_snapshot
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
 from . import iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
@@ -41,6 +43,30 @@ def in_repository(name: str) -> bool:
     return name.startswith((HUB, "local-dir:"))
 
 
+def is_run(name: str) -> bool:
+    """Whether this is the path of a folder, or of a snapshot, and not a name."""
+    if ":" in name or name in MODELS:
+        return False
+    path = Path(name).expanduser()
+    return path.is_dir() or (path.suffix == ".pt" and path.is_file())
+
+
+def _of_run(place: Path, checkpoint: Any, options: dict[str, Any]) -> nn.Module:
+    if place.is_dir() and (place / "config.json").is_file():
+        return create_model(f"local-dir:{place}", pretrained=True, checkpoint=checkpoint, **options)
+    snapshot = place / "snapshots" / BEST if place.is_dir() else place
+    if not snapshot.is_file():
+        raise CheckpointError(f"{place}: is not the folder of a run: it has neither config.json nor snapshots/{BEST}")
+    config = read_snapshot(snapshot).get("config")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{snapshot}: does not describe its network; create it by name, with checkpoint=PATH")
+    options = {**config["model_args"], "num_classes": config["num_classes"], **options}
+    overlay = {**config["pretrained_cfg"], **options.pop("pretrained_cfg_overlay", {})}
+    return create_model(
+        config["architecture"], checkpoint=checkpoint or snapshot, pretrained_cfg_overlay=overlay, **options
+    )
+
+
 def list_models(pretrained: bool = False) -> list[str]:
     """Names for `create_model`: all architectures, or every `model.tag` with weights.
 
@@ -62,7 +88,8 @@ def create_model(
     """`timm.create_model` for our names, with nearest names for a mistyped one.
 
     Args:
-        name: `model`, `model.tag`, or 'hf-hub:ORG/NAME' and 'local-dir:PATH' as timm takes them.
+        name: `model`, `model.tag`, or 'hf-hub:ORG/NAME' and 'local-dir:PATH' as timm takes them; or the folder or a
+            snapshot (.pt) of a training run, whose weights are loaded.
         pretrained: load the weights of the tag (without one: of the model's first checkpoint).
         checkpoint: load this file instead, legacy `.pth.tar` or safetensors, or the one in this folder; nothing is
             fetched. Or 'hf-hub:ORG/NAME[@COMMIT]', the weights of a repository.
@@ -78,6 +105,8 @@ def create_model(
         >>> model(torch.randn(2, 3, 64, 64)).shape
         torch.Size([2, 10])
     """
+    if is_run(name):
+        return _of_run(Path(name).expanduser(), checkpoint, options)
     # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
     if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):
         raise UnknownNameError(f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)]))

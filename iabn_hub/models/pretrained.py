@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..checkpoints.catalogue import Checkpoint, checkpoints_of, find
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.weights import BEST, read_snapshot, read_weights
 from ..layers import ABN, InPlaceABN
+from ..schema import load_json
 from .factory import HUB, MODELS, SEGMENTATION_MODELS, create_model, in_repository
 from .state_dict import count_classes
 from .timm_config import EvalConfig
@@ -161,13 +162,17 @@ def _from_folder(folder: Path, file: Path | None = None) -> Pretrained:
 def _from_timm(name: str, file: Path | None = None) -> Pretrained:
     """What timm loads under 'local-dir:…' and 'hf-hub:…', described by its config.json."""
     place = name.partition(":")[2]
+    if name.startswith(HUB) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", place, re.ASCII):
+        raise CheckpointError(f"{name}: is not of the form {HUB}ORG/NAME or {HUB}ORG/NAME@COMMIT")
     try:
         if name.startswith(HUB):
             repo, _, revision = place.partition("@")
             path = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None)
         else:
             path = f"{place}/config.json"
-        config = json.loads(Path(path).read_text())
+        config = load_json(Path(path), CheckpointError)
+    except CheckpointError:
+        raise
     except Exception as e:  # the Hub's client raises errors of many kinds
         raise CheckpointError(f"{name}: has no config.json that can be read: {(str(e).splitlines() or [''])[0]}") from e
     with _described_by(name):
@@ -203,7 +208,7 @@ def _from_snapshot(path: Path) -> Pretrained:
     beside = path.parent.parent / "config.json"  # of the run, which the first version did not store in its snapshots
     if config is None and beside.is_file():
         with _described_by(str(path)):
-            config = json.loads(beside.read_text())
+            config = load_json(beside, CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path}: was written by an earlier version, which did not store the configuration of the network, and "

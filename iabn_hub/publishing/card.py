@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoints.catalogue import Result
+from ..terminal import printable
 
 if TYPE_CHECKING:
     from .export import Export
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 TASKS = {"classification": "image-classification", "segmentation": "image-segmentation"}
 LICENSES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "Apache-2.0": "apache-2.0"}
 FIGURES = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "miou": ("mean_iou", "mIoU")}
+SHOWN_CLASSES = 20
 REPO = "ORG/NAME"  # where the repository is not known yet
 
 
@@ -28,10 +34,11 @@ def model_card(export: Export, repo: str | None) -> str:
 
 
 def _data(export: Export) -> ModelCardData:
+    page = _page(export.license_link)
     known = LICENSES.get(export.license)
     terms: dict[str, Any] = {"license": known or "other"}
     if not known and export.license:
-        terms |= {"license_name": _slug(export.license), "license_link": export.license_link or None}
+        terms |= {"license_name": _slug(export.license), "license_link": page or None}
     results = [
         EvalResult(
             task_type=TASKS[export.network.task],
@@ -77,18 +84,31 @@ def _body(export: Export, repo: str) -> str:
         kind = "standard BatchNorm"
     intro = f"`{arch}` with {kind}. {parameters:,} parameters, {export.network.options['num_classes']:,} classes"
     if export.dataset:
-        intro += f", trained on {export.dataset}"
+        intro += f", trained on {markdown(export.dataset)}"
     lines = [f"# {export.name}", "", f"{intro}."]
     if export.description:
-        lines += ["", f"{export.description.rstrip('.')}."]
+        lines += ["", f"{markdown(export.description).rstrip('.')}."]
+    if export.network.classes and export.network.record is None:
+        lines += ["", _classes(export.network.classes)]
     lines += ["", "## Figures", "", *_figures(export)] if export.results else []
     lines += ["", "## Use", "", *_usage(export, arch, repo)]
     lines += ["", "## Training", "", *_training(export)]
     lines += ["", "## Origin", "", *_origin(export)]
     lines += ["", "## Licence", "", _license(export)]
     if export.citation:
-        lines += ["", "## Citation", "", export.citation]
+        lines += ["", "## Citation", "", markdown(export.citation)]
     return "\n".join(lines) + "\n"
+
+
+def markdown(text: object) -> str:
+    """A foreign text as one line of Markdown that shows it: no HTML, links, code or cells of a table in it."""
+    plain = html.escape(" ".join(printable(text).split()), quote=False)
+    return re.sub(r"[\\`|\[\]]", r"\\\g<0>", plain)
+
+
+def _classes(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_CLASSES:,} more; `config.json` names all" if len(names) > SHOWN_CLASSES else ""
+    return f"Classes: {', '.join(map(markdown, names[:SHOWN_CLASSES]))}{more}."
 
 
 def _figures(export: Export) -> list[str]:
@@ -98,7 +118,7 @@ def _figures(export: Export) -> list[str]:
     for result in export.results:
         values = [getattr(result, name) for name in names]
         cells = " | ".join("" if value is None else f"{value:.2f}" for value in values)
-        rows.append(f"| {_protocol(result)} | {result.dataset} | {cells} |")
+        rows.append(f"| {markdown(_protocol(result))} | {markdown(result.dataset)} | {cells} |")
     return rows
 
 
@@ -127,7 +147,7 @@ def _training(export: Export) -> list[str]:
         lines += ["| setting | value |", "|---|---|"]
         for name, value in export.training.items():
             shown = value if isinstance(value, str | int | float) else json.dumps(value)
-            lines.append(f"| {name} | {shown} |")
+            lines.append(f"| {markdown(name)} | {markdown(shown)} |")
     if export.recipe is not None:
         lines += ["", "`recipe.json` holds all of them: `iabn-hub train recipe.json DATA` trains the network again."]
     return lines or ["Its settings were not published."]
@@ -137,11 +157,11 @@ def _origin(export: Export) -> list[str]:
     origin = export.origin
     place = ""
     if "google_drive_id" in origin:
-        there = origin["google_drive_id"]
+        there = quote(str(origin["google_drive_id"]), safe="")
         place = f", [Google Drive {there}](https://drive.google.com/file/d/{there})"
     return [
-        f"Converted from a {origin['kind']}, `{origin['file']}` ({origin['bytes']:,} bytes, md5 `{origin['md5']}`"
-        f"{place}), by `{export.command}`. The values are unchanged, the names "
+        f"Converted from a {origin['kind']}, `{markdown(origin['file'])}` ({origin['bytes']:,} bytes, "
+        f"md5 `{origin['md5']}`{place}), by `{export.command}`. The values are unchanged, the names "
         "are those of `iabn_hub`. `provenance.json` has the digest of every file here and the versions that made them.",
     ]
 
@@ -149,4 +169,10 @@ def _origin(export: Export) -> list[str]:
 def _license(export: Export) -> str:
     if not export.license:
         return "None was stated."
-    return f"[{export.license}]({export.license_link})." if export.license_link else f"{export.license}."
+    name, page = markdown(export.license), _page(export.license_link)
+    return f"[{name}]({page})." if page else f"{name}."
+
+
+def _page(link: str) -> str:
+    """The link if it leads to a web page, else ''."""
+    return link if re.fullmatch(r"https?://[!-~]+", link) and not re.search(r"[()<>\\\"'`]", link) else ""

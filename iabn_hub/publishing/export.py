@@ -22,17 +22,16 @@ from ..checkpoints.catalogue import TAG, Result, find, records
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.fetch import fetch_checkpoint
 from ..checkpoints.verify import require_md5
-from ..checkpoints.weights import save_safetensors
-from ..files import md5_of, sha256_of, write_atomically
+from ..checkpoints.weights import WEIGHTS, save_safetensors
+from ..files import FOLDER_LOCK, md5_of, sha256_of, write_atomically
 from ..models.pretrained import Pretrained, load_pretrained
 from ..models.timm_config import config_text, timm_config
 from ..recipes import RECIPES
 from .card import model_card
+from .runs import facts_of_run, weights_of_run
 
 CONVERTER = "1"  # of what this module makes of a file; raised when the same file would give other weights
-WEIGHTS, CONFIG, CARD, RECIPE, PROVENANCE = (
-    "model.safetensors", "config.json", "README.md", "recipe.json", "provenance.json",
-)  # fmt: skip
+CONFIG, CARD, RECIPE, PROVENANCE = "config.json", "README.md", "recipe.json", "provenance.json"
 LARGEST_SIDE = 128  # pixels of the image that a check shows to both networks
 KINDS = {"legacy": "legacy file", "iabn_hub": "file of iabn_hub"}
 NOT_PUBLISHED = (
@@ -68,19 +67,22 @@ class Export:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def export_of(name: str, given: Path | None = None) -> Export:
+def export_of(name: str, given: Path | None = None, best: bool = False) -> Export:
     """The weights of a record or, with `given`, of a file of it or of a run.
 
     Args:
         name: `model.tag` or `model`; of a run, the name that it shall have.
         given: the record's file, whose md5 must be the published one; or the folder or a snapshot of a run.
+        best: of the folder of a run, take the best epoch instead of the last.
 
     Raises:
         UnknownNameError: no such record.
         CheckpointError: the weights cannot be had, verified or loaded.
     """
     if given is not None and (given.is_dir() or given.suffix == ".pt"):
-        return _of_run(name, given)
+        return _of_run(name, given, best)
+    if best:
+        raise CheckpointError(f"{given}: only the folder of a run has a best epoch")
     record = find(name)
     path = fetch_checkpoint(record) if given is None else require_md5(given, record.md5, record.name, NOT_PUBLISHED)
     network = load_pretrained(record.name, checkpoint=None if given is None else str(given))
@@ -95,8 +97,9 @@ def export_of(name: str, given: Path | None = None) -> Export:
     )  # fmt: skip
 
 
-def _of_run(name: str, place: Path) -> Export:
-    network = load_pretrained(str(place))
+def _of_run(name: str, place: Path, best: bool) -> Export:
+    source = weights_of_run(place, best)
+    network = load_pretrained(str(source))
     model, _, tag = name.partition(".")
     if model != network.arch or not TAG.fullmatch(tag):
         raise UnknownNameError(
@@ -105,23 +108,11 @@ def _of_run(name: str, place: Path) -> Export:
         )
     if name in records():
         raise UnknownNameError(f"{name} is a published checkpoint, and {place} another: choose another tag")
-    folder = place if place.is_dir() else place.parent.parent
-    weights = place if place.is_file() else place / WEIGHTS
-    weights = weights if weights.is_file() else place / "snapshots" / "best.pt"
-    recipe, metrics = folder / RECIPE, folder / "metrics.json"
-    results: tuple[Result, ...] = ()
-    if place.is_dir() and weights.name == WEIGHTS and metrics.is_file():
-        result = json.loads(metrics.read_text())["result"]
-        figures = {key: result[key] for key in ("top1", "top5", "miou") if key in result}
-        evaluation = network.evaluation
-        results = (
-            (Result(str(evaluation.crop), "held out", **figures, resize=evaluation.resize, crop=evaluation.crop),)
-            if network.task == "classification"
-            else (Result(str(evaluation.long_side), "held out", **figures),)
-        )
+    facts = facts_of_run(source, network)
     return Export(
-        name, network, _digests(weights) | {"kind": "training run", "file": weights.name},
-        f"iabn-hub export {name} --from RUN", recipe.read_text() if recipe.is_file() else None, results,
+        name, network, _digests(source) | {"kind": "training run", "file": source.name},
+        f"iabn-hub export {name} --from RUN" + (" --best" if best else ""), facts.recipe, facts.results,
+        training=facts.training, description=facts.description,
     )  # fmt: skip
 
 
@@ -140,7 +131,8 @@ def write_repository(export: Export, folder: Path, repo: str | None, overwrite: 
         FileExistsError: the folder holds something else.
         OSError: it cannot be written.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PROVENANCE).is_file() and not overwrite:
+    others = folder.is_dir() and any(each.name != FOLDER_LOCK for each in folder.iterdir())
+    if others and not (folder / PROVENANCE).is_file() and not overwrite:
         raise FileExistsError(f"{folder}: holds other files: name another folder, or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     written = {WEIGHTS: folder / WEIGHTS}

@@ -12,7 +12,8 @@ from typing import Any
 from ..checkpoints.catalogue import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import cached_files, fetch_checkpoint, local_file
-from ..files import md5_of, write_atomically
+from ..files import exclusive, md5_of, write_atomically
+from ..schema import load_json
 
 INDEX = "index.json"
 
@@ -26,18 +27,19 @@ def build_mirror(
         report: called with each checkpoint before it is added, and again with the reason if that fails.
 
     Raises:
+        InUseError: another process writes into the folder.
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for record in chosen:
-        report(record, None)
-        try:
-            rows.append(_add(folder, record))
-        except CheckpointError as e:
-            rows.append({"name": record.name, "error": str(e)})
-            report(record, str(e))
-    _write_index(folder, rows)
+    with exclusive(folder):
+        for record in chosen:
+            report(record, None)
+            try:
+                rows.append(_add(folder, record))
+            except CheckpointError as e:
+                rows.append({"name": record.name, "error": str(e)})
+                report(record, str(e))
+        _write_index(folder, rows)
     return rows
 
 
@@ -71,10 +73,21 @@ def _row(record: Checkpoint, path: Path, md5: str) -> dict[str, Any]:
 def _write_index(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The list of what is there: these rows, and those of earlier commands whose files are still there."""
     index = folder / INDEX
-    earlier = json.loads(index.read_text())["checkpoints"] if index.is_file() else []
+    earlier = _read_index(index) if index.is_file() else []
     files = {row["file"]: row for row in (*earlier, *rows) if "file" in row and (folder / row["file"]).is_file()}
     content = {"checkpoints": [files[name] for name in sorted(files)]}
     write_atomically(index, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _read_index(index: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = load_json(index, ValueError)["checkpoints"]
+        if all(isinstance(row[key], str) for row in rows for key in ("name", "file", "md5")):
+            return rows
+        reason = "a row without name, file or md5"
+    except (ValueError, KeyError, TypeError) as e:
+        reason = str(e) if isinstance(e, ValueError) else type(e).__name__
+    raise CheckpointError(f"{index}: is not the index of a mirror ({reason}): 'iabn-hub mirror' writes it")
 
 
 def verify_mirror(folder: Path) -> list[dict[str, Any]]:
@@ -83,15 +96,9 @@ def verify_mirror(folder: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: the folder has no index that can be read.
     """
-    try:
-        listed = json.loads((folder / INDEX).read_text())["checkpoints"]
-        expected = [(str(row["name"]), str(row["file"]), str(row["md5"])) for row in listed]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(
-            f"{folder / INDEX}: is not the index of a mirror ({type(e).__name__}): 'iabn-hub mirror' writes it"
-        ) from e
     rows = []
-    for name, file, md5 in expected:
+    for listed in _read_index(folder / INDEX):
+        name, file, md5 = listed["name"], listed["file"], listed["md5"]
         path = folder / Path(file).name  # an index names nothing outside its folder
         found = md5_of(path) if path.is_file() else None
         status = "missing" if found is None else "ok" if found == md5 else "wrong"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..schema import parse, read_json
+from ..schema import load_json, parse, read_json
 from .rules import check_recipe
 from .schema import Recipe, RecipeError
 
@@ -47,17 +48,7 @@ def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: not JSON; unknown keys, wrong types, values that are impossible, alone or together.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise RecipeError(f"{path}: cannot be read ({e.strerror})") from e
-    except UnicodeDecodeError as e:
-        raise RecipeError(f"{path}: is not text in UTF-8 ({e.reason} at byte {e.start})") from e
-    try:
-        content = read_json(text)
-    except ValueError as e:
-        raise RecipeError(f"{path}: is not JSON: {e}") from e
-    content = _with_new_keys(content, str(path))
+    content = _with_new_keys(load_json(Path(path), RecipeError), str(path))
     for change in changes:
         _apply(content, change)
     return recipe_from(content, str(path))
@@ -102,9 +93,9 @@ def _apply(content: Any, change: str) -> None:
         content = content.setdefault(name, {})
     if not isinstance(content, dict):
         raise RecipeError(f"{change!r}: {'.'.join(sections)} has no keys")
-    if value in ("NaN", "Infinity", "-Infinity"):
-        raise RecipeError(f"{change!r}: {value} is not a number")
     try:
         content[last] = read_json(value)
-    except ValueError:
+    except json.JSONDecodeError:
         content[last] = value  # a word without quotes
+    except ValueError as e:
+        raise RecipeError(f"{change[:80]!r}: {e}") from e

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from ..datasets.images import ImageError, open_rgb
 from ..datasets.transforms import resize_long_side
 from ..models.pretrained import Pretrained, load_pretrained
+from ..terminal import progress_bar
 from ..world import World, autocast
 from .outputs import draw, output_paths, save
 from .palette import Palette, palette_of
@@ -72,8 +72,20 @@ def segment(
 
     Raises:
         UnknownNameError, CheckpointError: the network cannot be loaded.
+        InUseError: another process writes into the folder of the results.
     """
     network = load_pretrained(options.model, checkpoint=options.checkpoint, task="segmentation")
+    with world.exclusive(options.out):
+        return _segment_all(files, network, options, world, report)
+
+
+def _segment_all(
+    files: list[tuple[Path, Path]],
+    network: Pretrained,
+    options: SegmentOptions,
+    world: World,
+    report: Callable[[object], Any],
+) -> list[dict[str, Any]]:
     wanted = [(file, output_paths(options.out, below, options.kinds)) for file, below in files]
     # Decided once, by rank 0: another rank could find what was written meanwhile.
     exist = [not options.overwrite and all(path.exists() for path in paths.values()) for _, paths in wanted]
@@ -105,7 +117,7 @@ def _segment(
         rows.append({"image": str(file), "error": str(error)})
         report(error)
 
-    bar = tqdm(total=len(todo), unit="photo", disable=None if world.is_primary else True)
+    bar = progress_bar(shown=world.is_primary, total=len(todo), unit="photo")
     for batch in _batches(todo, long_side, options.batch_size, failed):
         images = torch.stack([normalize(photo.shown) for photo in batch]).to(world.device)
         with autocast(world.device, options.amp):

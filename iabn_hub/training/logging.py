@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..files import write_atomically
+from ..terminal import Formatter, progress_bar
 from ..world import World
 from .report import training_report
 
@@ -49,13 +50,13 @@ class RunLogger:
             return
         out.mkdir(parents=True, exist_ok=True)
         self.handlers = [logging.FileHandler(out / "train.log", encoding="utf-8"), _Terminal()]
-        self.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.handlers[0].setFormatter(Formatter("%(asctime)s %(message)s"))
         self.logger.setLevel(logging.INFO)
         self.logger.propagate = False
         for handler in self.handlers:
             self.logger.addHandler(handler)
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-        self.bar = tqdm(total=images, initial=done, unit="image", unit_scale=True, disable=None, dynamic_ncols=True)
+        self.bar = progress_bar(total=images, initial=done, unit="image", unit_scale=True)
 
     def info(self, text: str) -> None:
         """One line on the terminal and, with the time, in train.log."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -14,26 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.weights import read_snapshot, save_safetensors
+from ..checkpoints.weights import read_snapshot
 from ..datasets.folders import DataError, Location
 from ..datasets.transforms import Normalize
 from ..evaluation import Metrics, Runtime, evaluate
 from ..files import write_atomically
 from ..models.pretrained import Pretrained, load_pretrained
-from ..models.timm_config import EvalConfig, config_text, timm_config
+from ..models.timm_config import EvalConfig, timm_config
 from ..models.transfer import transfer
 from ..recipes import Recipe, RecipeError, recipe_from
 from ..schema import changed_fields
 from ..world import World
 from .logging import RunLogger
 from .network import build_network
+from .results import RESULTS, write_results
 from .snapshots import Snapshots
-from .task import TITLES, Task, format_metrics, make_task
+from .task import Task, make_task
 from .trainer import Run, Trainer
 
-RESULTS = ("model.safetensors", "config.json", "metrics.json", "report.html")
+LEAST_BROKEN = 10  # unreadable images that are tolerated in a small data set
 # A run cannot be resumed with other values of these.
 FIXED = (
     *("network.", "optimizer.batch_size", "optimizer.type"),
@@ -54,7 +52,8 @@ class Options:
         workers: processes that read images, per rank.
         keep: snapshots to keep, besides the best.
         snapshot_minutes: between snapshots within an epoch.
-        max_broken: how many unreadable images are tolerated.
+        max_broken: how many unreadable images are tolerated; None is 1 % of the training images, at least 10.
+        best: model.safetensors is the best epoch instead of the last.
     """
 
     out: Path
@@ -65,7 +64,8 @@ class Options:
     workers: int = 2
     keep: int = 2
     snapshot_minutes: float = 30
-    max_broken: int = 0
+    max_broken: int | None = None
+    best: bool = False
 
 
 def train(recipe: Recipe, options: Options, world: World, stop_requested: Callable[[], bool]) -> bool:
@@ -79,20 +79,27 @@ def train(recipe: Recipe, options: Options, world: World, stop_requested: Callab
 
     Raises:
         RecipeError, DataError, CheckpointError: something that the run needs is missing or does not fit.
+        InUseError: another process trains into the same folder.
         DivergedError: the loss is no longer finite.
     """
-    started = time.time()
     _check_batches(recipe, world.size)
+    with world.exclusive(options.out):
+        return _train(recipe, options, world, stop_requested)
+
+
+def _train(recipe: Recipe, options: Options, world: World, stop_requested: Callable[[], bool]) -> bool:
+    started = time.time()
     snapshots = Snapshots(options.out / "snapshots", options.keep)
     resumed = _snapshot_to_resume(options, snapshots, world)
     task = make_task(recipe, options.location, world)
     listed = recipe.network.classes
     if task.classes and len(task.classes) != listed:
         recipe = recipe.with_classes(len(task.classes))
-    skipped = SkippedFiles(options.max_broken, world)
-    network, notes = _network(recipe, None if resumed else options.pretrained)
+    skipped = SkippedFiles(world)
+    network, notes, initial = _network(recipe, None if resumed else options.pretrained)
     run = _assemble(recipe, options, task, network.to(world.device), snapshots, skipped, stop_requested)
-    trainer = Trainer(run)
+    skipped.limit = max(LEAST_BROKEN, run.loader.images // 100) if options.max_broken is None else options.max_broken
+    trainer = Trainer(run, initial)
     if resumed:
         notes += _restore(trainer, *resumed)
         del resumed  # as large as the run itself
@@ -114,7 +121,7 @@ def train(recipe: Recipe, options: Options, world: World, stop_requested: Callab
             log.info(f"stopped at step {trainer.step:,} with a snapshot; continue with --resume auto")
             return False
         if world.is_primary:
-            _write_results(trainer, options.out, log, time.time() - started)
+            write_results(trainer, options.out, log, time.time() - started, len(skipped.seen), options.best)
         return True
     finally:
         log.close()
@@ -148,14 +155,14 @@ def _assemble(
     )  # fmt: skip
 
 
-def _network(recipe: Recipe, pretrained: str | None) -> tuple[nn.Module, list[str]]:
-    """The network of a recipe, randomly initialised or pretrained; and lines for the log."""
+def _network(recipe: Recipe, pretrained: str | None) -> tuple[nn.Module, list[str], str]:
+    """The network of a recipe, randomly initialised or pretrained; lines for the log; the initial weights' name."""
     torch.manual_seed(recipe.training.seed)
     network = build_network(recipe)
     if pretrained is None:
-        return network, []
+        return network, [], ""
     source = load_pretrained(pretrained or recipe.model, recipe.model)
-    return network, _transfer(source, recipe, network)
+    return network, _transfer(source, recipe, network), source.name
 
 
 def _transfer(source: Pretrained, recipe: Recipe, network: Any) -> list[str]:
@@ -280,8 +287,8 @@ def _check_space(trainer: Trainer, keep: int) -> None:
 class SkippedFiles:
     """Files that cannot be read: each is reported once, and too many end the run."""
 
-    def __init__(self, limit: int, world: World) -> None:
-        self.limit, self.world = limit, world
+    def __init__(self, world: World) -> None:
+        self.limit, self.world = LEAST_BROKEN, world
         self.seen: dict[str, None] = {}  # in order of appearance
         self._report: Callable[[str], None] = print
 
@@ -297,7 +304,7 @@ class SkippedFiles:
                 self._report(f"skipped: {reason}")
         if len(self.seen) > self.limit:
             raise DataError(
-                f"{len(self.seen)} images cannot be read, --max-broken allows {self.limit}; the last one: "
+                f"{len(self.seen)} images cannot be read, {self.limit} are tolerated (--max-broken); the last one: "
                 f"{list(self.seen)[-1]}"
             )
 
@@ -306,33 +313,3 @@ class SkippedFiles:
         for seen in self.world.all_gather_object(list(self.seen)):
             self(seen)
         self(reasons)
-
-
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def _write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float) -> None:
-    """The weights, their configuration, and the metrics."""
-    run, last = trainer.run, trainer.rows[-1]
-    state = {name: value.detach().cpu().contiguous() for name, value in trainer.evaluated.state_dict().items()}
-    weights = out / "model.safetensors"
-    save_safetensors(state, weights, {"arch": run.recipe.model, "iabn_hub": __version__})
-    write_atomically(out / "config.json", config_text(run.config))
-    monitor = run.task.monitors[0]
-    best = max(trainer.rows, key=lambda row: row[f"val_{monitor}"])
-    result = {name[4:]: value for name, value in last.items() if name.startswith("val_")} | trainer.details
-    epochs = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in trainer.rows]
-    metrics = {
-        "model": run.recipe.model, "classes": run.task.classes, "result": result, "seconds": round(seconds, 1),
-        "best": {"epoch": best["epoch"], monitor: best[f"val_{monitor}"]}, "epochs": epochs,
-    }  # fmt: skip
-    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
-    facts = {
-        **{TITLES[name]: f"{last[f'val_{name}']:.2f} %" for name in run.task.monitors},
-        "best epoch": f"{best['epoch']}, {best[f'val_{monitor}']:.2f} %", "images": f"{run.loader.images:,}",
-        "normalisation": run.recipe.norm_layer, "device": str(run.world.device), "ranks": run.world.size,
-        "time": f"{seconds / 60:.1f} minutes, since the last start",
-    }  # fmt: skip
-    log.report(run.recipe.model, trainer.rows, facts)
-    summary = format_metrics(result, run.task.monitors[:1])
-    log.info(f"{weights}  {weights.stat().st_size:,} bytes  {summary}  {out / 'report.html'}")

@@ -101,10 +101,15 @@ class DelayedReader:
 
 
 class Trainer:
-    """The state of a run: its network, optimizer, position and metrics."""
+    """The state of a run: its network, optimizer, position and metrics.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        initial_weights: the name of those that the network has; '' if it is randomly initialised.
+    """
+
+    def __init__(self, run: Run, initial_weights: str = "") -> None:
         self.run = run
+        self.initial_weights = initial_weights
         training = run.recipe.training
         if training.channels_last:
             run.network.to(memory_format=torch.channels_last)
@@ -152,6 +157,7 @@ class Trainer:
             "config": self.run.config,
             "classes": self.run.task.classes,
             "details": self.details,
+            "initial_weights": self.initial_weights,
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -169,6 +175,7 @@ class Trainer:
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
         self.sums, self.rows = dict(state["sums"]), list(state["rows"])
         self.details = dict(state.get("details", {}))
+        self.initial_weights = state.get("initial_weights", "")
         self.saved = path
 
     def fit(self, log: RunLogger) -> None:

@@ -121,8 +121,8 @@ def test_missing_field_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "not a JSON file"),
-        ("[" * 100_000, "not a JSON file"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "expected an object with a list"),
         ('{"checkpoints": [], "citations": null}', "'citations' must be an object of texts"),
     ],
@@ -136,5 +136,5 @@ def test_file_that_is_no_catalogue_is_refused(tmp_path, text, says):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(CatalogueError, match=r"gone\.json: cannot read this catalogue .*IABN_HUB_CATALOGUE"):
+    with pytest.raises(CatalogueError, match=r"gone\.json: cannot be read .*IABN_HUB_CATALOGUE"):
         read_catalogue(tmp_path / "gone.json")

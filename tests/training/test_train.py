@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import iabn_hub
 from iabn_hub.checkpoints.weights import read_snapshot
 from iabn_hub.cli import main
+from iabn_hub.recipes.metrics import read_metrics
 from iabn_hub.training.snapshots import Snapshots
 from iabn_hub.training.trainer import Trainer
 
@@ -184,10 +185,76 @@ def test_broken_images_are_tolerated_up_to_a_limit(train, pictures, tmp_path, ca
     data = pictures()
     for i in range(2):
         (data / "train" / "dark" / f"{i}.png").write_bytes(b"nothing")
-    assert train(data, "--epochs", "1") == 1
-    assert "1 images cannot be read, --max-broken allows 0; the last one: " in capsys.readouterr().err
-    assert train(data, "--epochs", "2", "--max-broken", "2", "--overwrite") == 0
-    assert capsys.readouterr().out.count("skipped: ") == 2
+    assert train(data, "--epochs", "1", "--max-broken", "1") == 1
+    assert "2 images cannot be read, 1 are tolerated (--max-broken); the last one: " in capsys.readouterr().err
+    assert train(data, "--epochs", "2", "--overwrite") == 0
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 2
+    assert "2 images could not be read; train.log names them" in said
+    assert read_metrics(tmp_path / "run" / "metrics.json").skipped == 2
+
+
+def test_the_default_limit_of_broken_images(train, pictures, tmp_path, capsys):
+    """Ten in a small data set."""
+    data = pictures()
+    for i in range(11):
+        (data / "train" / "dark" / f"{i}.png").write_bytes(b"nothing")
+    assert train(data, "--epochs", "2") == 1
+    assert "11 images cannot be read, 10 are tolerated (--max-broken)" in capsys.readouterr().err
+
+
+def test_one_command_for_every_start(train, pictures, tmp_path, capsys):
+    """--pretrained counts where there is no snapshot, also after a run is complete."""
+    command = ("--epochs", "2", "--pretrained", "test_resnet_iabn.mnist", "--resume", "auto")
+    data = pictures()
+    assert train(data, *command) == 0
+    assert "initial weights: test_resnet_iabn.mnist" in capsys.readouterr().out
+    before = weights(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert train(data, *command) == 0
+    said = capsys.readouterr().out
+    assert "resuming from " in said
+    assert "initial weights: " not in said
+    assert all(value.equal(before[name]) for name, value in weights(tmp_path / "run").items())
+    assert read_metrics(tmp_path / "run" / "metrics.json").initial_weights == "test_resnet_iabn.mnist"
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_the_best_epoch_is_exported(train, pictures, tmp_path, only):
+    """Of equal epochs, the first is the best."""
+    assert train(pictures(), "--epochs", "8", *(("--best",) if only else ())) == 0
+    out = tmp_path / "run"
+    metrics = read_metrics(out / "metrics.json")
+    best = read_snapshot(out / "snapshots" / "best.pt")
+    assert best["rows"][-1]["epoch"] == metrics.best["epoch"] < 8
+    file = "model.safetensors" if only else "best.safetensors"
+    assert all(value.equal(best["model"][name]) for name, value in load_file(out / file).items())
+    assert (out / "best.safetensors").exists() is not only
+    assert metrics.result == (metrics.best if only else metrics.result | {"epoch": 8})
+    assert metrics.best["top1"] == max(row["val_top1"] for row in metrics.epochs)
+    network = iabn_hub.create_model(str(out / "snapshots" / "best.pt"))
+    assert all(value.equal(best["model"][name]) for name, value in network.state_dict().items())
+
+
+def test_networks_of_a_run(train, pictures, tmp_path, capsys):
+    """`create_model` and `classify` take a run that is complete, one that is not, and a snapshot."""
+    assert train(pictures(), "--epochs", "2", "--set", "training.ema_decay=0.5") == 0
+    out = tmp_path / "run"
+    image = str(next((tmp_path / "data" / "val" / "dark").glob("*.png")))
+    for place in (out, out / "snapshots" / "best.pt"):
+        network = iabn_hub.create_model(str(place))
+        assert network.num_classes == 2
+        capsys.readouterr()
+        assert main(["classify", image, "--model", str(place), "--json"]) == 0
+        labels = {each["label"] for each in json.loads(capsys.readouterr().out)["images"][0]["predictions"]}
+        assert labels == {"bright", "dark"}
+    network = iabn_hub.create_model(str(out))
+    assert all(value.equal(weights(out)[name]) for name, value in network.state_dict().items())
+    assert iabn_hub.create_model(str(out), num_classes=5).fc.weight.shape[0] == 5
+    (out / "config.json").unlink()
+    best = read_snapshot(out / "snapshots" / "best.pt")
+    network = iabn_hub.create_model(str(out))
+    assert all(value.equal(best["ema"][name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(

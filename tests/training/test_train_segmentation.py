@@ -174,8 +174,8 @@ def test_a_broken_scene_is_named_and_replaced(scenes, tmp_path, capsys):
     data = shapes(tmp_path / "shapes", train=5, val=2, side=64)
     (data / "train" / "images" / "001.png").write_bytes(b"nothing")
     Image.new("L", (64, 64), 77).save(data / "val" / "labels" / "001.png")
-    assert train(data, tmp_path / "run", *SMALL, "--epochs", "2") == 1
-    assert "1 images cannot be read, --max-broken allows 0" in capsys.readouterr().err
+    assert train(data, tmp_path / "run", *SMALL, "--epochs", "2", "--max-broken", "0") == 1
+    assert "1 images cannot be read, 0 are tolerated (--max-broken)" in capsys.readouterr().err
     assert train(data, tmp_path / "run", *SMALL, "--epochs", "3", "--max-broken", "2") == 0
     said = capsys.readouterr().out
     assert "images/001.png: is not an image" in said

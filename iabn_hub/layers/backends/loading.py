@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -258,8 +259,11 @@ def _run(build: Build, target: Path, forget: bool) -> None:
         raise BuildError(f"{failure.read_text().strip()} (remembered; IABN_HUB_BUILD=force tries again)")
     device = build.name.removeprefix("iabn_").upper()
     print(f"iabn_hub: building the {device} kernels once, into {target.parent}", file=sys.stderr)
+    prefix = f"build-{target.stem}-"
+    for left in target.parent.glob(f"{prefix}*"):  # of a build that was killed: this process holds its lock
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as folder:
             built = build.build(Path(folder))
             _digest_file(target).write_text(sha256_of(built))
             os.replace(built, target)
