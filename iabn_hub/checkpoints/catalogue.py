@@ -26,7 +26,7 @@ ENVIRONMENT = "IABN_HUB_CATALOGUE"
 # What the caller decides, or the record says elsewhere.
 NOT_OPTIONS = {"num_classes", "in_chans", "features_only", "device", "dtype"}
 TAG = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)  # it becomes part of file names
-SUFFIXES = {"legacy": ".pth.tar", "iabn_hub": ".safetensors"}
+SUFFIXES = {"legacy": ".pth.tar", "iabn_hub": ".safetensors", "efficientnet_pytorch": ".pth"}
 
 
 Size = Annotated[Integer, Field(gt=0)]
@@ -90,6 +90,22 @@ class HubFile:
 
 
 @record_class
+class PackageFile:
+    """A file in a package of pip's; the digest is that of the record.
+
+    `path` is relative to the folder into which packages are installed.
+    """
+
+    name: str
+    path: str
+
+    def __post_init__(self) -> None:
+        require(bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name, re.ASCII)), f"name is {self.name!r}, not a package")
+        parts = self.path.split("/")
+        require("" not in parts and ".." not in parts, f"path is {self.path!r}, not a relative path")
+
+
+@record_class
 class Checkpoint:
     """One published file of weights.
 
@@ -101,11 +117,12 @@ class Checkpoint:
     tag: str
     md5: str
     task: Literal["classification", "segmentation"] = "classification"
-    layout: Literal["legacy", "iabn_hub"] = "legacy"
+    layout: Literal["legacy", "iabn_hub", "efficientnet_pytorch"] = "legacy"
     file: str | None = None
     bytes: Size | None = None
     google_drive_id: str | None = None
     hub: HubFile | None = None
+    package: PackageFile | None = None
     dataset: str = "imagenet-1k"
     num_classes: Integer = 1000
     classes: tuple[str, ...] | None = None
@@ -145,6 +162,13 @@ class Checkpoint:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return to_dict(self)
+
+    @property
+    def source_url(self) -> str:
+        """The page of the file's publisher, where one is known."""
+        if self.google_drive_id:
+            return f"https://drive.google.com/file/d/{self.google_drive_id}"
+        return f"https://pypi.org/project/{self.package.name}/" if self.package else ""
 
     def result(self, protocol: str) -> Result | None:
         """The figures of a protocol, or None."""

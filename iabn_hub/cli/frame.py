@@ -28,7 +28,7 @@ PROGRAM = "iabn-hub"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = (
     "list", "info", "fetch", "verify", "doctor", "classify", "segment", "train", "validate", "export", "convert",
-    "mirror", "memory", "benchmark",
+    "mirror", "memory", "benchmark", "demo",
 )  # fmt: skip
 # Options of the first release, which are accepted with a warning for one more.
 RENAMED_OPTIONS = {

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
-
 import click
-import timm
-import torch
-from torch import nn
 
-from ..checkpoints.errors import UnknownNameError
-from ..conversion import convert
 from ..conversion.recording import METHODS
+from ..models.libraries import create_from_library, measure_conversion
 from ..world import usable_device
 from .frame import device_option, json_option, print_json
 
-TORCHVISION = "torchvision."
 SMALLEST = 0.01  # share of the bytes that a layer must keep to be listed
 
 
@@ -50,50 +42,13 @@ def command(
       iabn-hub memory torchvision.resnet50
       iabn-hub memory efficientnet_b0 --batch-size 32 --size 288 --json
     """
-    network, usual = create(model)
+    network, usual = create_from_library(model)
     where = usable_device(device)
-    channels, side = usual[0], size or usual[-1]
-    sample = torch.randn(batch_size, channels, side, side, device=where)
-    try:
-        report = convert(network.to(where).train(), sample, method=method)
-    except (RuntimeError, TypeError, IndexError, AttributeError) as e:
-        raise ValueError(
-            f"{model}: a training step on images of {tuple(sample.shape)} fails: {(str(e).splitlines() or [''])[0]}"
-        ) from e
+    side = size or usual[-1]
+    report = measure_conversion(model, network.to(where), (batch_size, usual[0], side, side), method)
     if as_json:
         facts = {"model": model, "batch_size": batch_size, "size": side, "device": str(where), "dtype": "float32"}
         print_json(facts | report.to_json())
     else:
         print(f"{model}, batch {batch_size} at {side}×{side}, float32, MB")
         print("\n".join(report.table(0 if show_all else SMALLEST)))
-
-
-def create(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The network of that name, randomly initialised, and the size (channels, height, width) of its images.
-
-    Raises:
-        UnknownNameError: neither timm nor torchvision has it; suggests what is spelt alike.
-    """
-    if name.startswith(TORCHVISION):
-        try:
-            import torchvision  # noqa: PLC0415 - an extra
-        except ImportError as e:
-            raise click.UsageError(f"{name} needs torchvision: pip install 'iabn-hub[train]'") from e
-        names = torchvision.models.list_models(module=torchvision.models)
-        short = name.removeprefix(TORCHVISION)
-        if short not in names:
-            raise _unknown(name, [TORCHVISION + each for each in names])
-        extra = {"aux_logits": False, "init_weights": True} if short in ("googlenet", "inception_v3") else {}
-        side = 299 if short == "inception_v3" else 224
-        return torchvision.models.get_model(short, weights=None, **extra), (3, side, side)
-    if not timm.is_model(name):
-        raise _unknown(name, timm.list_models())
-    model = timm.create_model(name)
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
-    return model, config.get("input_size", (3, 224, 224))
-
-
-def _unknown(name: str, names: list[str]) -> UnknownNameError:
-    near = difflib.get_close_matches(name, names, 3)
-    hint = f"; did you mean {', '.join(near)}?" if near else "; names of torchvision begin with 'torchvision.'"
-    return UnknownNameError(f"no network is called {name!r}{hint}")

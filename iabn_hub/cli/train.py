@@ -84,7 +84,8 @@ def command(recipe: str, data: str, **given: Any) -> int:
 
     RECIPE is a JSON file or the name of a bundled recipe; 'iabn-hub train list' shows the names.
 
-    DATA, for classification, is a folder with train/CLASS/* and val/CLASS/*, or train.tar and val.tar. With --dataset
+    DATA, for classification, is a folder with CLASS/*, of which every fifth image is for validation; or with
+    train/CLASS/* and val/CLASS/*, or train.tar and val.tar. With --dataset
     it is what timm reads under that name: shards (wds), Hugging Face datasets (hfds/NAME, streamed: hfids/NAME),
     torchvision's (torch/cifar10). For segmentation it is a folder with train/images/* and train/labels/*.png of the
     same names, and val likewise: a label file holds the class of each pixel, classes.json the list of their names. Or
@@ -100,6 +101,7 @@ def command(recipe: str, data: str, **given: Any) -> int:
 
     \b
     Examples:
+      iabn-hub train finetune photos --out runs/photos
       iabn-hub train test_resnet_iabn.mnist data/mnist --out runs/digits
       iabn-hub train resnet50_iabn.modern data/birds --pretrained --epochs 20 --set optimizer.learning_rate=0.02
       iabn-hub train test_resnet_deeplab3_iabn.shapes data/shapes --out runs/shapes

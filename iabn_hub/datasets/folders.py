@@ -29,6 +29,9 @@ class Location:
     download: bool = False
 
 
+VALIDATED = 5  # of a folder without splits, every such image of a class is for validation
+
+
 class DataError(ValueError):
     """The data is not as training or validation needs it; the message says where and how it should be."""
 
@@ -68,10 +71,36 @@ def _open_folder(root: Path, split: str) -> Any:
         # timm would keep a pickle beside a large tar, and open files that forked workers share with their positions.
         reader = ReaderImageInTar(str(place), cache_tarfiles=False, cache_tarinfo=False)
         return timm.data.ImageDataset(str(place), reader=reader)
+    if (
+        not folder.is_dir()
+        and split in ("train", "val")
+        and not any((root / each).is_dir() for each in ("train", "val"))
+    ):
+        return _part_of_folder(root, split)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*")
     # Not timm's reader: its order of the classes is another one, and leaves of the same name become one class.
     return ImageFolder(str(folder))
+
+
+def _part_of_folder(root: Path, split: str) -> ImageFolder:
+    """The images of a folder ROOT/CLASS/*: every fifth of each class is for validation, the others are for training."""
+    try:
+        folder = ImageFolder(str(root))
+    except (FileNotFoundError, OSError) as e:
+        raise DataError(f"{root}: expected CLASS/* in it, or train/CLASS/* and val/CLASS/*") from e
+    seen: dict[int, int] = {}
+    chosen = []
+    for path, label in folder.samples:
+        seen[label] = seen.get(label, 0) + 1
+        if (seen[label] % VALIDATED == 0) == (split == "val"):
+            chosen.append((path, label))
+    few = [name for name, label in folder.class_to_idx.items() if seen.get(label, 0) < VALIDATED]
+    if few:
+        raise DataError(f"{root}: {', '.join(few[:5])} has fewer than {VALIDATED} images, so none to validate on")
+    folder.samples = folder.imgs = chosen
+    folder.targets = [label for _, label in chosen]
+    return folder
 
 
 def classes_of(dataset: Any) -> tuple[str, ...] | None:

@@ -20,7 +20,7 @@ from .state_dict import fit
 from .timm_config import URL_SCHEME
 
 
-def build(network: type[nn.Module], variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def build(network: Any, variant: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """The network, with verified weights if `pretrained`.
 
     Weights come from the caller if `pretrained_cfg` or its overlay names a file, a folder, a Hub repository or a state
@@ -44,7 +44,7 @@ def build(network: type[nn.Module], variant: str, pretrained: bool, options: dic
         source, weights, is_published = _read(cfg, variant, record, options.get("cache_dir"))
         unsigned = unsigned if is_published else None
     if options.get("features_only"):
-        options.setdefault("out_indices", tuple(range(network.stages + 1)))  # type: ignore[attr-defined]
+        options.setdefault("out_indices", tuple(range(network.stages + 1)))
 
     def make(**arguments: Any) -> nn.Module:
         model = network(**arguments)
@@ -105,7 +105,7 @@ def _reads_unsigned(variant: str, options: Mapping[str, Any]) -> bool:
     return options.get("norm_layer", standard) != "abn" and not options.get("signed_scale", False)
 
 
-def _check_options(record: Checkpoint, network: type[nn.Module]) -> None:
+def _check_options(record: Checkpoint, network: Any) -> None:
     unknown = [name for name in record.options if name not in inspect.signature(network).parameters]
     if unknown:
         raise CheckpointError(

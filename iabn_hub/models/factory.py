@@ -15,10 +15,11 @@ from ..checkpoints.catalogue import records, records_at_import, suggest
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.weights import BEST, read_snapshot
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
-from . import iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
+from . import efficientnet_lite, iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
 _logger = logging.getLogger(__name__)
-_FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet)
+_FAMILIES = (iabn_resnet, iabn_resnext, iabn_wider_resnet, iabn_densenet, efficientnet_lite)
+CONVERTED_MODELS = tuple(efficientnet_lite.default_cfgs)  # of timm's layers: without the options of ours
 ARCHITECTURES = tuple(name for family in _FAMILIES for name in family.default_cfgs)
 SEGMENTATION_MODELS = tuple(iabn_deeplab.default_cfgs)
 MODELS = (*ARCHITECTURES, *SEGMENTATION_MODELS)

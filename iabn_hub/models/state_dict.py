@@ -16,7 +16,8 @@ from ..layers import ABN, InPlaceABN
 
 _logger = logging.getLogger(__name__)
 SHOWN = 5  # names listed of each kind before '… and N more'
-FIRST_CONVS, CLASSIFIER = ("conv1.weight", "backbone.conv1.weight"), "fc."
+FIRST_CONVS = ("conv1.weight", "backbone.conv1.weight", "conv_stem.weight")
+CLASSIFIERS = ("fc.", "classifier.")
 RGB = 3
 
 
@@ -83,7 +84,8 @@ def _stem(given: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
 
 def count_classes(state_dict: Mapping[str, Any]) -> int | None:
     """How many classes these weights tell apart, in the legacy layout or ours; None if they have no classifier."""
-    weight = to_current(state_dict).get(f"{CLASSIFIER}weight")
+    current = to_current(state_dict)
+    weight = next((current[f"{name}weight"] for name in CLASSIFIERS if f"{name}weight" in current), None)
     return len(weight) if isinstance(weight, Tensor) and weight.dim() > 0 else None
 
 
@@ -91,9 +93,9 @@ def _keep_classifier_if_new(given: dict[str, Any], expected: Mapping[str, Tensor
     classes, ours = count_classes(given), count_classes(expected)
     if classes is None or classes == ours:
         return
-    for name in [n for n in given if n.startswith(CLASSIFIER)]:
+    for name in [n for n in given if n.startswith(CLASSIFIERS)]:
         del given[name]
-    given.update((n, value) for n, value in expected.items() if n.startswith(CLASSIFIER))
+    given.update((n, value) for n, value in expected.items() if n.startswith(CLASSIFIERS))
     if ours is not None:
         _logger.warning("the classifier is new: the weights have %d classes, the network %d", classes, ours)
 

@@ -19,14 +19,14 @@ URL_SCHEME = "iabn-hub:"  # how timm is told that weights exist
 STRIDE = 32  # of every registered architecture at its default options
 
 
-def default_cfgs_of(*models: str, first_conv: str = "conv1") -> Any:
+def default_cfgs_of(*models: str, first_conv: str = "conv1", classifier: str = "fc") -> Any:
     """timm's `default_cfgs` for these architectures, made from the catalogue."""
     cfgs: dict[str, Any] = {}
     known = records_at_import().values()
     for model in models:
         cfgs |= {r.name: _cfg(r) for r in known if r.model == model} or {model: _cfg(None)}
     for cfg in cfgs.values():
-        cfg["first_conv"] = first_conv
+        cfg |= {"first_conv": first_conv, "classifier": classifier}
     return generate_default_cfgs(cfgs)
 
 
@@ -40,7 +40,6 @@ def _cfg(record: Checkpoint | None) -> dict[str, Any]:
         "interpolation": images.interpolation,
         "mean": images.mean,
         "std": images.std,
-        "classifier": "fc",
     }
     if record:
         cfg |= {
@@ -48,9 +47,7 @@ def _cfg(record: Checkpoint | None) -> dict[str, Any]:
             "license": record.license or None,
             "description": record.description or None,
             "label_names": record.classes,
-            "origin_url": f"https://drive.google.com/file/d/{record.google_drive_id}"
-            if record.google_drive_id
-            else None,
+            "origin_url": record.source_url or None,
         }
     return cfg
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..checkpoints.errors import CheckpointError
 from ..layers import ABN, InPlaceABN
 from ..layers.reference import effective_scale
-from .state_dict import CLASSIFIER, count_classes
+from .state_dict import CLASSIFIERS, count_classes
 
 
 def transfer(source: nn.Module, target: nn.Module) -> list[str]:
@@ -26,13 +26,13 @@ def transfer(source: nn.Module, target: nn.Module) -> list[str]:
     expected = target.state_dict()
     sentences = []
     differ = [n for n in state.keys() | expected.keys() if _shape(state.get(n)) != _shape(expected.get(n))]
-    if differ and all(name.startswith(CLASSIFIER) for name in differ):
+    if differ and all(name.startswith(CLASSIFIERS) for name in differ):
         sentences.append(
             f"the classifier is new: the weights have {count_classes(state) or 0} classes, the network "
             f"{count_classes(expected) or 0}"
         )
-        state = {n: v for n, v in state.items() if not n.startswith(CLASSIFIER)}
-        state |= {n: v for n, v in expected.items() if n.startswith(CLASSIFIER)}
+        state = {n: v for n, v in state.items() if not n.startswith(CLASSIFIERS)}
+        state |= {n: v for n, v in expected.items() if n.startswith(CLASSIFIERS)}
     elif differ:
         raise CheckpointError(f"these are weights of another architecture: {', '.join(sorted(differ)[:5])} differ")
     theirs = {name: layer for name, layer in source.named_modules() if isinstance(layer, ABN)}

@@ -33,7 +33,11 @@ from .runs import facts_of_run, weights_of_run
 CONVERTER = "1"  # of what this module makes of a file; raised when the same file would give other weights
 CONFIG, CARD, RECIPE, PROVENANCE = "config.json", "README.md", "recipe.json", "provenance.json"
 LARGEST_SIDE = 128  # pixels of the image that a check shows to both networks
-KINDS = {"legacy": "legacy file", "iabn_hub": "file of iabn_hub"}
+KINDS = {
+    "legacy": "legacy file",
+    "iabn_hub": "file of iabn_hub",
+    "efficientnet_pytorch": "file of efficientnet_pytorch",
+}
 NOT_PUBLISHED = (
     "this is not the published file. Export weights of your own through a catalogue of your own (IABN_HUB_CATALOGUE)"
 )
@@ -90,6 +94,8 @@ def export_of(name: str, given: Path | None = None, best: bool = False) -> Expor
     origin = _digests(path) | {"kind": KINDS[record.layout], "file": record.filename}
     if record.google_drive_id:
         origin["google_drive_id"] = record.google_drive_id
+    if record.package:
+        origin["package"] = record.package.name
     return Export(
         record.name, network, origin, f"iabn-hub export {record.name}",
         recipe.read_text() if recipe.is_file() else None, record.results, record.dataset, record.license,

@@ -50,8 +50,8 @@ def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
         if path.is_file() and md5_of(path) == md5:
             return _row(record, path, md5)
     fetched = fetch_checkpoint(record)
-    md5 = dict(cached_files(record))[fetched]
-    target = folder / fetched.name
+    md5 = dict(cached_files(record)).get(fetched, record.md5)
+    target = folder / (record.filename if md5 == record.md5 else fetched.name)
     part = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         shutil.copyfile(fetched, part)

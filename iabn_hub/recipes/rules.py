@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from ..checkpoints.catalogue import suggest
-from ..models.factory import MODELS
+from ..models.factory import CONVERTED_MODELS, MODELS
 from ..schema import Integer, parse, record_class
 from .schema import Recipe, RecipeError, SegmentationSection, TrainingSection
 
@@ -31,6 +31,8 @@ def _network(recipe: Recipe, refuse: Refuse) -> None:
         known = sorted({name.rpartition("_")[0] for name in MODELS})
         hint = suggest(network.arch, known)
         raise refuse(f"network.arch is {network.arch!r}, which is not an architecture{hint}")
+    if recipe.model in CONVERTED_MODELS and network.bn_mode != "standard":
+        raise refuse(f"network.bn_mode is {network.bn_mode}: {recipe.model} has converted norms, use standard")
     if network.dilation != 1:
         raise refuse(f"network.dilation is {network.dilation}: only networks with dilation 1 are trained")
     if network.input_3x3 and not recipe.has_stem:  # so did the earlier package

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..models.factory import MODELS, SEGMENTATION_MODELS
+from ..models.factory import CONVERTED_MODELS, MODELS, SEGMENTATION_MODELS
 from ..schema import Integer, record_class, replaced, to_dict
 
 NORM_LAYERS = {"standard": "abn", "inplace": "iabn", "sync": "iabn_sync"}
@@ -107,6 +107,7 @@ class TrainingSection:
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = False
     compile: bool = False
+    pretrained: bool = False  # whether a new run starts from the published weights of its network
     accumulation_steps: Positive = 1  # forward and backward passes per optimizer step; batch_size is their sum
     seed: Annotated[Integer, Field(ge=0, le=(1 << 32) - 1)] = 0
 
@@ -149,6 +150,11 @@ class Recipe:
         return NORM_LAYERS[self.network.bn_mode]
 
     @property
+    def norms(self) -> str:
+        """The kind of norm layers, for people: `norm_layer`, or 'converted'."""
+        return "converted" if self.model in CONVERTED_MODELS else self.norm_layer
+
+    @property
     def has_stem(self) -> bool:
         """Whether the network has the option `input_3x3`."""
         return self.network.arch.startswith(("resnext", "densenet"))
@@ -156,6 +162,8 @@ class Recipe:
     def model_options(self) -> dict[str, Any]:
         """The options that the network is created with."""
         network = self.network
+        if self.model in CONVERTED_MODELS:
+            return {"num_classes": network.classes}
         options: dict[str, Any] = {
             "num_classes": network.classes,
             "norm_layer": self.norm_layer,

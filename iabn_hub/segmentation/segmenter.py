@@ -108,9 +108,7 @@ def _segment(
     model = network.model.to(world.device).eval()
     palette = palette_of(network.options["num_classes"], network.classes)
     long_side = evaluation.long_side if options.long_side is None else options.long_side
-    normalize = v2.Compose(
-        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(evaluation.mean, evaluation.std)]
-    )
+    normalize = _normalize(network)
     rows: list[dict[str, Any]] = []
 
     def failed(file: Path, error: ImageError) -> None:
@@ -130,6 +128,21 @@ def _segment(
         bar.update(len(batch))
     bar.close()
     return rows
+
+
+def _normalize(network: Pretrained) -> Any:
+    evaluation = network.evaluation
+    return v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(evaluation.mean, evaluation.std)]
+    )
+
+
+def overlay(network: Pretrained, image: Image.Image) -> Image.Image:
+    """The overlay of one RGB picture, on the CPU, with the network's own sizes; see `outputs`."""
+    shown = resize_long_side(image, network.evaluation.long_side)
+    values, classes = predict(network.model.eval(), _normalize(network)(shown).unsqueeze(0), Views())
+    palette = palette_of(network.options["num_classes"], network.classes)
+    return draw("overlay", image, classes[0].cpu().numpy(), values[0].cpu().numpy(), palette)
 
 
 def _batches(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.state_dict import CLASSIFIER
+from ..models.state_dict import CLASSIFIERS
 from ..recipes import Recipe, RecipeError
 
 
@@ -18,7 +18,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     # The same groups whatever their settings, so that a run can be resumed with others.
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith(CLASSIFIER), parameter.dim() > 1), []).append(parameter)
+        groups.setdefault((name.startswith(CLASSIFIERS), parameter.dim() > 1), []).append(parameter)
     parameters = []
     for (of_classifier, is_weight), members in groups.items():
         rate = section.classifier_lr if of_classifier and section.classifier_lr != -1 else section.learning_rate

@@ -62,7 +62,7 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
         **{TITLES[name]: f"{result[name]:.2f} %" for name in run.task.monitors},
         "best epoch": f"{best['epoch']}, {best[run.task.monitors[0]]:.2f} %", "images": f"{run.loader.images:,}",
         "unreadable images": skipped, "initial weights": trainer.initial_weights or "random",
-        "normalisation": run.recipe.norm_layer, "device": str(run.world.device), "ranks": run.world.size,
+        "normalisation": run.recipe.norms, "device": str(run.world.device), "ranks": run.world.size,
         "time": f"{seconds / 60:.1f} minutes, since the last start",
     }  # fmt: skip
     log.report(run.recipe.model, trainer.rows, facts)

@@ -96,7 +96,8 @@ def _train(recipe: Recipe, options: Options, world: World, stop_requested: Calla
     if task.classes and len(task.classes) != listed:
         recipe = recipe.with_classes(len(task.classes))
     skipped = SkippedFiles(world)
-    network, notes, initial = _network(recipe, None if resumed else options.pretrained)
+    pretrained = "" if options.pretrained is None and recipe.training.pretrained else options.pretrained
+    network, notes, initial = _network(recipe, None if resumed else pretrained)
     run = _assemble(recipe, options, task, network.to(world.device), snapshots, skipped, stop_requested)
     skipped.limit = max(LEAST_BROKEN, run.loader.images // 100) if options.max_broken is None else options.max_broken
     trainer = Trainer(run, initial)
@@ -192,7 +193,7 @@ def _headline(run: Run, listed: int, out: Path) -> str:
     if classes and len(classes) != listed:
         count += f" (the recipe: {listed})"
     return (
-        f"{recipe.model} ({recipe.norm_layer}) on {run.world.size} × {run.world.device}: {run.loader.images:,} images, "
+        f"{recipe.model} ({recipe.norms}) on {run.world.size} × {run.world.device}: {run.loader.images:,} images, "
         f"{count}; {recipe.optimizer.schedule.epochs} epochs of {run.loader.steps:,} steps of "
         f"{recipe.optimizer.batch_size}; results in {out}"
     )

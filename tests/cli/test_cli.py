@@ -1,14 +1,17 @@
 """The command line answers in text and JSON, names what is wrong, and exits as documented."""
 
+import io
 import json
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from iabn_hub import __version__
 from iabn_hub.checkpoints import cache_folder, find, records
-from iabn_hub.classification.predict import SAMPLES
+from iabn_hub.classification import predict
+from iabn_hub.classification.predict import DIGITS, PHOTOS
 from iabn_hub.cli import main
 
 from ..legacy_files import a_record, a_small_network, flip_a_byte, md5, save_legacy, write_catalogue
@@ -45,7 +48,37 @@ def test_no_command_is_wrong_usage(run):
     assert "COMMAND" in err
 
 
-def test_default_reads_the_bundled_digits(run):
+def test_default_names_photos(run):
+    """The answers of EfficientNet-Lite0, whose weights an installed package holds."""
+    code, out, _ = run("classify", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["model"] == PHOTOS[0]
+    found = {Path(image["image"]).stem: image["predictions"] for image in answer["images"]}
+    first = {name: (each[0]["label"], round(each[0]["probability"], 2)) for name, each in found.items()}
+    assert first == {"camera": ("tripod", 0.94), "cat": ("Egyptian cat", 0.39), "coffee": ("espresso", 0.93)}
+    assert "reflex camera" in {each["label"] for each in found["camera"]}
+    assert {each["label"] for each in found["cat"][:3]} == {"Egyptian cat", "tiger cat", "tabby, tabby cat"}
+
+
+def test_images_from_stdin_and_urls(run, monkeypatch, httpserver):
+    photo = (PHOTOS[1] / "cat.jpg").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(photo)))
+    httpserver.expect_request("/cat.jpg").respond_with_data(photo, content_type="image/jpeg")
+    httpserver.expect_request("/page").respond_with_data("<title>no cat</title>", content_type="text/html")
+    code, out, _ = run("classify", "-", httpserver.url_for("/cat.jpg"), httpserver.url_for("/page"), "--json")
+    assert code == 1
+    first, second, third = json.loads(out)["images"]
+    assert first["image"] == "standard input"
+    assert first["predictions"] == second["predictions"]
+    assert third["error"].endswith("HTTP 200 with a page instead of the file: no cat")
+    monkeypatch.setenv("IABN_HUB_OFFLINE", "1")
+    assert run("classify", httpserver.url_for("/cat.jpg"))[0] == 1
+
+
+def test_default_without_the_package_reads_the_bundled_digits(run, monkeypatch):
+    monkeypatch.setattr(predict, "package_file", lambda record: None)
+    assert "pip install 'iabn-hub[demo]'" in run("classify")[1]
     code, out, _ = run("classify", "--json")
     answer = json.loads(out)
     assert code == 0
@@ -56,11 +89,13 @@ def test_default_reads_the_bundled_digits(run):
 
 
 def test_text_shows_percentages(run):
-    code, out, _ = run("classify", SAMPLES / "digit_7.png", "--topk", 2)
+    code, out, _ = run("classify", DIGITS[1] / "digit_7.png", "--topk", 2, "--model", DIGITS[0])
     assert code == 0
     assert out.startswith(f"model: {BUNDLED}\n")
-    assert len(out.splitlines()) == 4
-    assert out.splitlines()[2].split()[1:] == ["%", "7"]
+    assert len(out.splitlines()) == 5
+    label, percent, _, bar = out.splitlines()[3].split()
+    assert (label, float(percent) > 90, set(bar[:-1])) == ("7", True, {"█"})
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_bad_images_are_named_and_do_not_stop_the_others(run, tmp_path):
@@ -160,11 +195,11 @@ def test_failed_fetch_does_not_stop_the_others(run, listed, monkeypatch):
 
 def test_checkpoint_named_by_the_caller_is_loaded(run, tmp_path):
     path = find(BUNDLED).catalogue.replace("catalogue.json", find(BUNDLED).file)
-    code, out, _ = run("classify", SAMPLES / "digit_3.png", "--checkpoint", path, "--json")
+    code, out, _ = run("classify", DIGITS[1] / "digit_3.png", "--checkpoint", path, "--json", "--model", DIGITS[0])
     assert code == 0
     assert json.loads(out)["images"][0]["predictions"][0]["label"] == "3"
     bad = {tmp_path / "gone.pth": "gone.pth: there is no such file", "": "is empty", "x" * 5000: "xxx"}
     for name, says in bad.items():
-        code, _, err = run("classify", SAMPLES / "digit_3.png", "--checkpoint", name)
+        code, _, err = run("classify", DIGITS[1] / "digit_3.png", "--checkpoint", name, "--model", DIGITS[0])
         assert code == 1
         assert says in err
