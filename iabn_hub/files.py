@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import socket
@@ -134,7 +135,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Let no other process of this package write into `folder`, which is made if missing.
 
     The system releases the lock when this process ends, however it ends. Its file in the folder names the process, and
-    is removed at the end; so is a folder that was made here and is empty. Without flock (Windows) nothing is locked.
+    is removed at the end; so is a folder that was made here and is empty. Where there are no locks (Windows, some file
+    systems), nothing is locked.
 
     Raises:
         InUseError: another process holds it; says which, since when, and what to do.
@@ -159,26 +161,40 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}, started {when}".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)
-        _held.discard(lock)
-        os.close(lock)
+        if lock in _held:  # else this is a forked process
+            path.unlink(missing_ok=True)
+            _held.discard(lock)
+            os.close(lock)
         if made and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def _lock(path: Path) -> int | None:
     """The descriptor of the locked file at `path`, or None if another process holds it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), path.stat()):  # else its owner has just removed it
+        _flock(lock)
+        if os.path.samestat(os.fstat(lock), path.lstat()):  # else its owner has just removed it
             _held.add(lock)
             return lock
     except (BlockingIOError, FileNotFoundError):
         pass
+    except BaseException:
+        os.close(lock)
+        raise
     os.close(lock)
     return None
+
+
+def _flock(lock: int) -> None:
+    """Lock, unless the file system has no locks; raises BlockingIOError if another process holds it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
 
 
 def _close_locks() -> None:

@@ -11,7 +11,9 @@ TOOLS = Path(__file__).parent.parent / "tools"
 def _is_command() -> bool:
     """Whether this process runs `iabn-hub`, `python -m iabn_hub` or one of tools/, not a program of the user's."""
     program = Path(sys.argv[0]) if sys.argv else Path()
-    return program.name in ("iabn-hub", "iabn-hub.exe", "-m") or program.absolute().parent == TOOLS
+    if program.name == "-m":  # so it is while the package behind -m is imported, whichever that is
+        return sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["iabn_hub"] if "-m" in sys.orig_argv else False
+    return program.name in ("iabn-hub", "iabn-hub.exe") or program.absolute().parent == TOOLS
 
 
 def end_at_interrupt() -> None:

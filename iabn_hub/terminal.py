@@ -20,10 +20,13 @@ from tqdm import tqdm
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
+# user:password@ of a URL where the password holds an unquoted '/'; a port is none. Repetitions are bounded, since texts
+# of servers are searched.
+UNQUOTED_PASSWORD = re.compile(r"//[^\s/@:]{0,128}:(?!\d+/)[^\s@]{0,256}@")
 _SECRETS = (
-    # user:password@ of a URL, also where the password holds an unquoted '/'; a port is none
-    (re.compile(r"//[^\s/@:]*:(?!\d+/)[^\s@]*/[^\s@]*@|//[^\s/@]*@"), "//"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
+    (re.compile(r"//[^\s/]{1,256}@"), "//"),
+    (UNQUOTED_PASSWORD, "//"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{30,}"), "hf_…"),
     (re.compile(r"(?i)([?&](?:[\w-]*(?:token|signature|password|secret|credential)|sig|key)=)[^&\s'\"]+"), r"\1…"),
     (re.compile(r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[^\s'\"]+"), r"\1…"),
 )
@@ -63,6 +66,10 @@ def _known_secrets(mirror: str | None, *tokens: str | None) -> list[str]:
     return sorted((each for each in found if len(each) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
+# What progress bars of other libraries begin with: to the start of the line, and lines up.
+_CURSOR = re.compile(r"\r|(\x1b\[A)+$")
+
+
 class _Stream:
     """A text stream that writes `printable` text into another one."""
 
@@ -72,7 +79,9 @@ class _Stream:
     def write(self, text: str) -> int:
         if not isinstance(text, str):  # click tries what a stream takes
             raise TypeError(f"text is needed, not {type(text).__name__}")
-        self._wrapped.write(printable(text))
+        moves = _CURSOR.match(text) if self._wrapped.isatty() else None
+        start = moves.end() if moves else 0
+        self._wrapped.write(text[:start] + printable(text[start:]))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -91,11 +100,24 @@ def safe_streams() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     opened = (stream or open(os.devnull, "w") for stream in before)  # noqa: SIM115  (None: closed, as by '>&-')
-    sys.stdout, sys.stderr = map(_Stream, opened)
+    safe = tuple(map(_Stream, opened))
+    sys.stdout, sys.stderr = safe
+    moved = [(each, stream) for each in _stream_handlers() for stream in safe if each.stream is stream._wrapped]
+    for handler, stream in moved:
+        handler.setStream(stream)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for handler, stream in moved:
+            handler.setStream(stream._wrapped)
+
+
+def _stream_handlers() -> list[Any]:
+    """The handlers of every logger that write to a stream; libraries add some when they are imported."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    return [each for each in handlers if isinstance(each, logging.StreamHandler) and each is not logging.lastResort]
 
 
 def raw(stream: Any) -> Any:

@@ -23,8 +23,8 @@ app_file: app.py
 license: apache-2.0
 ---
 
-Names photos with a network of [iabn_hub]({source}), and shows how many bytes less a network of timm or torchvision would
-keep for its backward pass.
+Names photos with a network of [iabn_hub]({source}), and shows how many bytes less a network of timm or torchvision
+would keep for its backward pass.
 """
 APP = """import iabn_hub.demo.app
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..schema import Integer, load_json, parse, record_class, replaced, require, to_dict
+from ..terminal import printable
 from .errors import CatalogueError, UnknownNameError
 
 _logger = logging.getLogger(__name__)
@@ -240,7 +241,7 @@ def records_at_import() -> dict[str, Checkpoint]:
     try:
         return records()
     except Exception as e:  # whatever an added file may bring about
-        _logger.warning("%s. Added catalogues are left out.", e)
+        _logger.warning("%s. Added catalogues are left out.", printable(e))
         return {record.name: record for record in read_catalogue(BUILT_IN)}
 
 

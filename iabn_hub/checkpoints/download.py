@@ -26,8 +26,11 @@ T = TypeVar("T")
 TIMEOUT = (10, 60)  # seconds to connect, and between two chunks
 HEADER_SECONDS = 60.0  # for the whole head of an answer
 SLOWEST = 1024  # bytes a second, over PACE_SECONDS; a server that sends less is given up
-PACE_SECONDS = 30.0
+PACE_SECONDS = 20.0
 LONGEST = 24 * 3600.0  # seconds for one attempt
+MOST_REDIRECTS = 10
+REDIRECTS = {301, 302, 303, 307, 308}
+LONGEST_TITLE = 200  # characters of a page's title or error that a message shows
 LONGEST_PAGE = 1 << 16  # bytes of an HTML answer that are looked at
 CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 MOST_EXPANSION = 20  # bytes of the file for each byte of a compressed transfer; weights hardly shrink
@@ -73,8 +76,15 @@ class _Page(html.parser.HTMLParser):
         self._reading = ""
 
 
+class _Session(requests.Session):
+    """A session that follows no redirects: requests reads the whole body of each, even with allow_redirects=False."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
 def open_session() -> requests.Session:
-    return requests.Session()
+    return _Session()
 
 
 def download(url: str, part: Path, bar: tqdm[Any], limit: int, size: int | None = None) -> None:
@@ -109,7 +119,7 @@ def download(url: str, part: Path, bar: tqdm[Any], limit: int, size: int | None 
 
 def _split(url: str) -> tuple[str, tuple[bytes, bytes] | None]:
     """A URL without its user and password, and these: other libraries show URLs in their messages."""
-    match = re.match(r"(\w+://)([^/@]*)@", url)
+    match = re.match(r"(\w+://)([^/?#]*)@", url)
     if not match:
         return url, None
     user, _, password = match[2].partition(":")
@@ -179,10 +189,14 @@ class _File:
     def _receive(self, response: requests.Response, start: int, bar: tqdm[Any], encoded: bool) -> int:
         """Write the body behind the first `start` bytes; returns the bytes that are there then."""
         raw: Any = response.raw
+        read = functools.partial(raw.read1, CHUNK, decode_content=True)
+        if encoded or "chunked" in response.headers.get("Transfer-Encoding", "").lower():
+            # Such a read may take any number of bytes of the server without giving one.
+            read = functools.partial(_within, 2 * PACE_SECONDS, read)
         received = paced = start
         began = pace_began = time.monotonic()
         with self.part.open("ab" if start else "wb") as out:
-            while chunk := raw.read1(CHUNK, decode_content=True):
+            while chunk := read():
                 received += len(chunk)
                 if received > self.limit:
                     out.close()
@@ -197,7 +211,7 @@ class _File:
                     raise DownloadError(f"it takes longer than {LONGEST / 3600:.0f} hours")
                 if now - pace_began > PACE_SECONDS:
                     if received - paced < SLOWEST * PACE_SECONDS:
-                        raise DownloadError(f"the server sends less than {SLOWEST:,} bytes a second")
+                        raise _TemporaryError(f"the server sends less than {SLOWEST:,} bytes a second")
                     paced, pace_began = received, now
         return received
 
@@ -254,9 +268,13 @@ class _File:
             if version and not version.startswith("W/"):
                 headers["If-Range"] = version
         url, host = self.url, _host(self.url)
-        for _ in range(3):
+        for _ in range(MOST_REDIRECTS):
             userinfo: Any = self.userinfo if _host(url) == host else None
             response = _within(HEADER_SECONDS, functools.partial(_get, session, url, headers, userinfo))
+            if response.status_code in REDIRECTS and "Location" in response.headers:
+                response.close()
+                url = urljoin(url, response.headers["Location"])
+                continue
             if response.status_code in TEMPORARY_STATUS:
                 raise _TemporaryError(
                     f"HTTP {response.status_code}", _whole_number(response.headers.get("Retry-After", ""))
@@ -271,10 +289,10 @@ class _File:
             body = _within(HEADER_SECONDS, functools.partial(next, response.iter_content(LONGEST_PAGE), b""))
             page = _Page(body.decode(errors="replace"))
             if not page.action:
-                what = page.error or page.title or "no title"
+                what = (page.error or page.title or "no title")[:LONGEST_TITLE]
                 raise DownloadError(f"HTTP {response.status_code} with a page instead of the file: {what}")
             url = urljoin(url, page.action) + "?" + urlencode(page.fields)
-        raise DownloadError("the confirm page leads to itself")
+        raise DownloadError(f"it leads on and on, more than {MOST_REDIRECTS} times")
 
 
 def _get(session: requests.Session, url: str, headers: dict[str, str], userinfo: Any) -> requests.Response:

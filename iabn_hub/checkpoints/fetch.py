@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import importlib.metadata
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ..files import LockTimeoutError, NoHomeError, expanded, locked, md5_of
-from ..terminal import progress_bar, without_secrets
+from ..terminal import UNQUOTED_PASSWORD, progress_bar, without_secrets
 from .catalogue import Checkpoint, HubFile
 from .download import download, note_of
 from .errors import CacheError, ChecksumError, DownloadError, OfflineError
@@ -199,7 +198,6 @@ def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator
         yield _Source(f"Google Drive {record.google_drive_id}", _reader(url, record, *candidates[0])), candidates[0]
 
 
-_UNQUOTED_PASSWORD = re.compile(r"//[^\s/@:]*:(?!\d+/)[^\s@]*/[^\s@]*@")  # it contains '/', and is no port
 LARGEST = 8 << 30  # bytes of a file of which nothing is known
 OPTIMIZER = 4  # a file may hold the weights, and an optimizer's state of up to three times their size
 MARGIN = 64 << 20  # bytes of whatever else a training script stored
@@ -218,7 +216,8 @@ def _reader(url: str, record: Checkpoint, target: Path, md5: str) -> Callable[[P
         size = record.bytes or noted_size(target, md5)
     if scheme == "file":
         return lambda part, bar: _copy(Path(url2pathname(urlsplit(f"file://{path}").path)), part, bar)
-    quoted = not _UNQUOTED_PASSWORD.search(url)
+    password = UNQUOTED_PASSWORD.search(url)
+    quoted = password is None or "/" not in password[0][2:]
     if scheme in ("http", "https") and quoted:
         return lambda part, bar: download(url, part, bar, _limit(record), size)
 

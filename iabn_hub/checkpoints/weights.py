@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -23,6 +24,9 @@ from .legacy import flat, to_current
 BEST = "best.pt"  # the snapshot of the best epoch of a run
 WEIGHTS, BEST_WEIGHTS = "model.safetensors", "best.safetensors"  # of a run: its last epoch, and its best
 SNAPSHOT_KEYS = {"model", "ema", "optimizer", "position", "recipe", "classes"}
+SNAPSHOT_TYPES: dict[str, Any] = {
+    "model": dict, "optimizer": dict, "position": dict, "sums": dict, "rows": list, "recipe": dict,
+}  # fmt: skip
 # What training scripts store beside weights and what holds no code: options, and numbers of numpy.
 _NUMBERS = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")]
 _SCALAR: Any = np.float64(0).__reduce__()[0]
@@ -86,6 +90,8 @@ def _check_archive(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch's older format, a pickle followed by the bytes of the tensors
             return
+    if not _has_one_directory(path):
+        raise CheckpointError(f"{path}: is not a file of weights, or is damaged: it is not one zip archive")
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         for each in records:
@@ -97,7 +103,45 @@ def _check_archive(path: Path) -> None:
             raise CheckpointError(f"{path}: its records are larger than the file: it was not read")
         damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path}: is damaged: the record {damaged!r} does not have its CRC-32")
+            raise CheckpointError(
+                f"{path}: is damaged: the record {damaged!r} does not have its CRC-32 (a file "
+                "saved with torch.serialization.set_crc32_options(False) has none: save it anew)"
+            )
+
+
+def _has_one_directory(path: Path) -> bool:
+    """Whether the directory of a zip file stands right before its end, so that Python and torch read the same one."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END) - _END.size
+        file.seek(max(end, 0))
+        *_, size, offset, comment = _END.unpack(file.read(_END.size).ljust(_END.size))
+        place, found = end, [(size, offset)]
+        file.seek(max(end - _LOCATOR.size, 0))
+        sign, _, at, _ = _LOCATOR.unpack(file.read(_LOCATOR.size))
+        if sign == b"PK\x06\x07":  # the end of a zip64 file stands before this
+            place = end - _LOCATOR.size - _END64.size
+            if at != place:
+                return False
+            file.seek(place)
+            *_, size64, offset64 = _END64.unpack(file.read(_END64.size).ljust(_END64.size))
+            found = [(size64, offset64), (size64 if size == _SEE64 else size, offset64 if offset == _SEE64 else offset)]
+    return comment == 0 and all(size + offset == place for size, offset in found)
+
+
+_END, _LOCATOR, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
+_SEE64 = 0xFFFFFFFF  # the number stands in the zip64 record
+
+
+def user_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user named, whose ~ is a home folder.
+
+    Raises:
+        CheckpointError: that folder is not known.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as e:
+        raise CheckpointError(f"{name}: this home folder is not known") from e
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:
@@ -117,6 +161,12 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not a snapshot, or is damaged ({type(e).__name__})") from e
     if not isinstance(state, dict) or not state.keys() >= SNAPSHOT_KEYS:
         raise CheckpointError(f"{path}: is not a snapshot of a training run; for a file of weights pass --arch")
+    wrong = [name for name, kind in SNAPSHOT_TYPES.items() if not isinstance(state.get(name, kind()), kind)]
+    whole = [state["position"].get(name) for name in ("epoch", "step", "steps_per_epoch")] if not wrong else []
+    if wrong or not all(isinstance(number, int) for number in whole):
+        raise CheckpointError(f"{path}: is not a snapshot: {', '.join(wrong) or 'position'} is not what it must be")
+    if not all(isinstance(row, dict) for row in state.get("rows", [])):
+        raise CheckpointError(f"{path}: is not a snapshot: rows is not what it must be")
     return _with_new_names(state)
 
 

@@ -80,7 +80,7 @@ def _opened(path: str) -> Any:
     try:
         return open_rgb(path)
     except ImageError as e:
-        raise gradio.Error(printable(str(e).replace(path, "this file"))) from e
+        raise gradio.Error(printable(str(e).replace(path, "this file")), print_exception=False) from e
 
 
 def _memory_tab() -> None:
@@ -105,12 +105,14 @@ def savings(name: str, batch: float, size: float) -> tuple[str, Figure]:
         gradio.Error: there is no such network, or it cannot be measured so.
     """
     if not (1 <= batch <= LARGEST_BATCH and 32 <= size <= LARGEST_SIZE):
-        raise gradio.Error(f"the batch size must be 1 to {LARGEST_BATCH}, the size 32 to {LARGEST_SIZE}")
+        raise gradio.Error(
+            f"the batch size must be 1 to {LARGEST_BATCH}, the size 32 to {LARGEST_SIZE}", print_exception=False
+        )
     try:
         network, usual = create_from_library(name.strip())
         report = measure_conversion(name, network, (int(batch), usual[0], int(size), int(size)))
     except (CheckpointError, ValueError, torch.OutOfMemoryError) as e:
-        raise gradio.Error(printable(e)) from e
+        raise gradio.Error(printable(e), print_exception=False) from e
     assert report.kept is not None
     assert report.peak is not None
     text = "\n".join(

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, load_state_dict_from_hf
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError
+from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
@@ -15,6 +17,7 @@ from ..checkpoints.catalogue import Checkpoint, checkpoints_of
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import fetch_checkpoint
 from ..checkpoints.legacy import is_legacy, to_current
+from ..checkpoints.weights import WEIGHTS as HF_WEIGHTS
 from ..checkpoints.weights import read_weights, weights_in
 from .state_dict import fit
 from .timm_config import URL_SCHEME
@@ -75,12 +78,8 @@ def _read(
         path = weights_in(path) if path.is_dir() else path
         return str(path), read_weights(path), False
     if cfg.hf_hub_id:
-        name = {"filename": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
         source = f"hf-hub:{cfg.hf_hub_id}"
-        try:
-            return source, load_state_dict_from_hf(cfg.hf_hub_id, **name, weights_only=True, cache_dir=cache), False
-        except Exception as e:  # whatever the Hub's client and the reader of the file let through
-            raise CheckpointError(f"{source}: {str(e).strip() or type(e).__name__}") from e
+        return source, read_weights(_from_hub(source, cfg.hf_hub_id, cfg.hf_hub_filename, cache)), False
     if cfg.url and not str(cfg.url).startswith(URL_SCHEME):
         raise CheckpointError(f"{cfg.url}: weights are not loaded from a bare URL; download the file and name it")
     if record is None:
@@ -90,6 +89,19 @@ def _read(
         )
     path = fetch_checkpoint(record, cache=cache)
     return str(path), read_weights(path), True
+
+
+def _from_hub(source: str, place: str, filename: str | None, cache: str | None) -> Path:
+    """The file of weights of a repository of the Hub, named as timm names them."""
+    repo, _, revision = place.partition("@")
+    names = [filename] if filename else [HF_WEIGHTS, "pytorch_model.bin"]
+    for name in names:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None, cache_dir=cache))
+        except Exception as e:  # whatever the Hub's client lets through
+            if name == names[-1] or not isinstance(e, EntryNotFoundError):
+                raise CheckpointError(f"{source}: {str(e).strip() or type(e).__name__}") from e
+    raise AssertionError("the last name is returned or raises")
 
 
 def _translate_legacy(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

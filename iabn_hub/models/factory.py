@@ -13,8 +13,9 @@ from torch import nn
 
 from ..checkpoints.catalogue import records, records_at_import, suggest
 from ..checkpoints.errors import CheckpointError, UnknownNameError
-from ..checkpoints.weights import BEST, read_snapshot
+from ..checkpoints.weights import BEST, read_snapshot, user_path
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
+from ..terminal import printable
 from . import efficientnet_lite, iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
 _logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ for _record in records_at_import().values():
     if _record.task == "classification" and _record.model not in ARCHITECTURES:
         _logger.warning(
             "%s: %s: there is no architecture %r%s. The record cannot be used.",
-            _record.catalogue,
+            printable(_record.catalogue),
             _record.name,
             _record.model,
             suggest(_record.model, ARCHITECTURES),
@@ -46,10 +47,12 @@ def in_repository(name: str) -> bool:
 
 def is_run(name: str) -> bool:
     """Whether this is the path of a folder, or of a snapshot, and not a name."""
-    if ":" in name or name in MODELS:
+    if ":" in name:
         return False
-    path = Path(name).expanduser()
-    return path.is_dir() or (path.suffix == ".pt" and path.is_file())
+    path = user_path(name)
+    if path.is_dir():  # a folder such as 'resnet50_iabn.birds' does not hide a checkpoint of that name
+        return "/" in name or name.partition(".")[0] not in MODELS
+    return path.suffix == ".pt" and path.is_file()
 
 
 def _of_run(place: Path, checkpoint: Any, options: dict[str, Any]) -> nn.Module:
@@ -61,11 +64,12 @@ def _of_run(place: Path, checkpoint: Any, options: dict[str, Any]) -> nn.Module:
     config = read_snapshot(snapshot).get("config")
     if not isinstance(config, dict):
         raise CheckpointError(f"{snapshot}: does not describe its network; create it by name, with checkpoint=PATH")
-    options = {**config["model_args"], "num_classes": config["num_classes"], **options}
-    overlay = {**config["pretrained_cfg"], **options.pop("pretrained_cfg_overlay", {})}
-    return create_model(
-        config["architecture"], checkpoint=checkpoint or snapshot, pretrained_cfg_overlay=overlay, **options
-    )
+    architecture = config.get("architecture")
+    if architecture not in MODELS:
+        raise CheckpointError(f"{snapshot}: its network {architecture!r} is not one of this package")
+    options = {**config.get("model_args", {}), "num_classes": config.get("num_classes"), **options}
+    overlay = {**config.get("pretrained_cfg", {}), **options.pop("pretrained_cfg_overlay", {})}
+    return create_model(str(architecture), checkpoint=checkpoint or snapshot, pretrained_cfg_overlay=overlay, **options)
 
 
 def list_models(pretrained: bool = False) -> list[str]:
@@ -107,7 +111,7 @@ def create_model(
         torch.Size([2, 10])
     """
     if is_run(name):
-        return _of_run(Path(name).expanduser(), checkpoint, options)
+        return _of_run(user_path(name), checkpoint, options)
     # Names without a tag are known without reading the catalogues, which may be the caller's and wrong.
     if ":" not in name and name not in MODELS and name not in list_models(pretrained=True):
         raise UnknownNameError(f"no model is called {name!r}" + suggest(name, [*MODELS, *list_models(pretrained=True)]))

@@ -16,10 +16,10 @@ from torch import nn
 
 from ..checkpoints.catalogue import Checkpoint, checkpoints_of, find
 from ..checkpoints.errors import CheckpointError, UnknownNameError
-from ..checkpoints.weights import BEST, read_snapshot, read_weights
+from ..checkpoints.weights import BEST, read_snapshot, read_weights, user_path
 from ..layers import ABN, InPlaceABN
 from ..schema import load_json
-from .factory import HUB, MODELS, SEGMENTATION_MODELS, create_model, in_repository
+from .factory import HUB, MODELS, SEGMENTATION_MODELS, create_model, in_repository, is_run
 from .state_dict import count_classes
 from .timm_config import EvalConfig
 from .transfer import transfer
@@ -110,11 +110,11 @@ def _check_task(name: str, arch: str, task: str) -> None:
 
 def _load(name: str, arch: str | None, checkpoint: str | None) -> Pretrained:
     if checkpoint is not None and name in MODELS and not checkpoint.startswith(HUB):
-        return _from_file(Path(checkpoint).expanduser(), name)
+        return _from_file(user_path(checkpoint), name)
     if in_repository(name):
         return _from_timm(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = user_path(name)
+    if path.is_dir() and is_run(name):
         return _from_folder(path)
     if path.suffix == ".pt":
         try:
@@ -216,9 +216,10 @@ def _from_snapshot(path: Path) -> Pretrained:
         )
     with _described_by(str(path)):
         options = {**config.get("model_args", {}), "num_classes": config.get("num_classes")}
-        model = create_model(
-            str(config.get("architecture")), pretrained_cfg_overlay=config.get("pretrained_cfg"), **options
-        )
+        arch = config.get("architecture")
+        if arch not in MODELS:
+            raise ValueError(f"{arch!r} is not a network of this package")
+        model = create_model(str(arch), pretrained_cfg_overlay=config.get("pretrained_cfg"), **options)
         model.load_state_dict(state["ema"] or state["model"])
     return _described(str(path), config, model)
 
@@ -229,8 +230,11 @@ def _from_file(path: Path, arch: str | None) -> Pretrained:
         if arch in (None, beside.arch):
             return beside
     if path.suffix == ".safetensors" and arch is None:
-        with safetensors.safe_open(path, "pt") as file:
-            arch = (file.metadata() or {}).get("arch")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                arch = (file.metadata() or {}).get("arch")
+        except (OSError, safetensors.SafetensorError) as e:
+            raise CheckpointError(f"{path}: is not a file of weights, or is damaged ({type(e).__name__})") from e
     if arch is None or arch not in MODELS:
         raise CheckpointError(f"{path}: does not state its architecture: pass --arch, such as --arch resnet50_iabn")
     count = count_classes(read_weights(path))

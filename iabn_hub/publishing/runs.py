@@ -58,18 +58,25 @@ def facts_of_run(weights: Path, network: Pretrained) -> RunFacts:
         state = read_snapshot(weights)
         rows = state["rows"]
         row = {name.removeprefix("val_"): value for name, value in (rows[-1] if rows else {}).items()}
-        return _facts(recipe_from(state["recipe"], str(weights)), row, network, state.get("initial_weights", ""))
+        return _facts(recipe_from(state["recipe"], str(weights)), row, network, state.get("initial_weights"))
     folder = weights.parent
-    recipe = read_recipe(folder / "recipe.json") if (folder / "recipe.json").is_file() else None
     metrics = RunMetrics(network.arch, {}, {})
     if (folder / "metrics.json").is_file():
         metrics = read_metrics(folder / "metrics.json")
+    # recipe.json is that of the last start, which may not have ended.
+    recipe = recipe_from(dict(metrics.recipe), str(folder / "metrics.json")) if metrics.recipe else None
+    if recipe is None and (folder / "recipe.json").is_file():
+        recipe = read_recipe(folder / "recipe.json")
     result = metrics.best if weights.name == BEST_WEIGHTS else metrics.result
     return _facts(recipe, result, network, metrics.initial_weights, metrics.images)
 
 
 def _facts(
-    recipe: Recipe | None, metrics: Mapping[str, Any], network: Pretrained, initial: str, images: int | None = None
+    recipe: Recipe | None,
+    metrics: Mapping[str, Any],
+    network: Pretrained,
+    initial: str | None,
+    images: int | None = None,
 ) -> RunFacts:
     names = ["top1", "miou"] + (["top5"] if network.options["num_classes"] >= FEWEST_FOR_TOP5 else [])
     figures = {name: metrics[name] for name in names if metrics.get(name) is not None}
@@ -84,7 +91,8 @@ def _facts(
         training["training images"] = images
     if "epoch" in metrics:
         training["epoch of these weights"] = metrics["epoch"]
-    training["initial weights"] = initial or "random"
+    if initial is not None:
+        training["initial weights"] = initial or "random"
     description = f"Fine-tuned from {initial}" if initial else ""
     return RunFacts(recipe.to_json() if recipe else None, results, training, description)
 

@@ -16,7 +16,8 @@ class RunMetrics:
 
     `result` holds the metrics of model.safetensors and `best` those of best.safetensors, each with its `epoch`;
     `epochs` has a row for each epoch, as metrics.csv. `images` is the number of training images, `skipped` of those
-    that could not be read, and `initial_weights` a name, '' for random ones.
+    that could not be read, `initial_weights` a name ('' for random ones), and `seconds` the time of all starts. None
+    where an earlier version did not note it.
     """
 
     model: str
@@ -27,7 +28,8 @@ class RunMetrics:
     seconds: float = 0.0
     images: Integer | None = None
     skipped: Integer = 0
-    initial_weights: str = ""
+    initial_weights: str | None = None
+    recipe: Mapping[str, Any] | None = None
 
 
 def read_metrics(path: Path) -> RunMetrics:

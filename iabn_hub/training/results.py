@@ -28,7 +28,7 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
     """Write the results of a run into `out`.
 
     Args:
-        seconds: since the run was started the last time.
+        seconds: of all starts of the run.
         skipped: images that could not be read.
         best_only: the weights of the best epoch are model.safetensors, and those of the last are not written.
     """
@@ -47,6 +47,7 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
     weights = out / WEIGHTS
     if best_only:
         _save(trainer, best_state, weights)
+        (out / BEST_WEIGHTS).unlink(missing_ok=True)  # of an earlier start
     else:
         _save(trainer, trainer.evaluated.state_dict(), weights)
         _save(trainer, best_state, out / BEST_WEIGHTS)
@@ -55,15 +56,16 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
     epochs = tuple({name: _finite(value) for name, value in row.items()} for row in trainer.rows)
     metrics = RunMetrics(
         run.recipe.model, result, best, run.task.classes, epochs, round(seconds, 1), run.loader.images, skipped,
-        trainer.initial_weights,
+        trainer.initial_weights, run.recipe.to_dict(),
     )  # fmt: skip
     write_atomically(out / "metrics.json", (json.dumps(to_dict(metrics), indent=1) + "\n").encode())
     facts = {
         **{TITLES[name]: f"{result[name]:.2f} %" for name in run.task.monitors},
         "best epoch": f"{best['epoch']}, {best[run.task.monitors[0]]:.2f} %", "images": f"{run.loader.images:,}",
-        "unreadable images": skipped, "initial weights": trainer.initial_weights or "random",
+        "unreadable images": skipped,
+        **({} if trainer.initial_weights is None else {"initial weights": trainer.initial_weights or "random"}),
         "normalisation": run.recipe.norms, "device": str(run.world.device), "ranks": run.world.size,
-        "time": f"{seconds / 60:.1f} minutes, since the last start",
+        "time": f"{seconds / 60:.1f} minutes",
     }  # fmt: skip
     log.report(run.recipe.model, trainer.rows, facts)
     if skipped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.weights import read_snapshot
+from ..checkpoints.weights import BEST_WEIGHTS, WEIGHTS, read_snapshot
 from ..datasets.folders import DataError, Location
 from ..datasets.transforms import Normalize
 from ..evaluation import Metrics, Runtime, evaluate
@@ -88,7 +87,6 @@ def train(recipe: Recipe, options: Options, world: World, stop_requested: Callab
 
 
 def _train(recipe: Recipe, options: Options, world: World, stop_requested: Callable[[], bool]) -> bool:
-    started = time.time()
     snapshots = Snapshots(options.out / "snapshots", options.keep)
     resumed = _snapshot_to_resume(options, snapshots, world)
     task = make_task(recipe, options.location, world)
@@ -104,6 +102,12 @@ def _train(recipe: Recipe, options: Options, world: World, stop_requested: Calla
     if resumed:
         notes += _restore(trainer, *resumed)
         del resumed  # as large as the run itself
+        complete = trainer.epoch >= recipe.optimizer.schedule.epochs and (options.out / "metrics.json").is_file()
+        other_epoch = options.best and (options.out / BEST_WEIGHTS).is_file()
+        if complete and (options.out / WEIGHTS).is_file() and not other_epoch:
+            if world.is_primary:
+                print(f"{options.out}: the run is complete; nothing is left to do")
+            return True
     if world.is_primary:
         _check_space(trainer, options.keep)
         if options.overwrite:
@@ -122,7 +126,7 @@ def _train(recipe: Recipe, options: Options, world: World, stop_requested: Calla
             log.info(f"stopped at step {trainer.step:,} with a snapshot; continue with --resume auto")
             return False
         if world.is_primary:
-            write_results(trainer, options.out, log, time.time() - started, len(skipped.seen), options.best)
+            write_results(trainer, options.out, log, trainer.seconds(), len(skipped.seen), options.best)
         return True
     finally:
         log.close()

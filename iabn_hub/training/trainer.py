@@ -107,7 +107,7 @@ class Trainer:
         initial_weights: the name of those that the network has; '' if it is randomly initialised.
     """
 
-    def __init__(self, run: Run, initial_weights: str = "") -> None:
+    def __init__(self, run: Run, initial_weights: str | None = "") -> None:
         self.run = run
         self.initial_weights = initial_weights
         training = run.recipe.training
@@ -133,6 +133,7 @@ class Trainer:
         self.numbers = ("loss", *run.task.counts, "images", "stop")
         self.sums = dict.fromkeys(self.numbers, 0.0)  # over the steps of this epoch
         self.details: dict[str, Any] = {}  # of the last validation
+        self.seconds_before, self.started = 0.0, time.monotonic()  # of earlier starts, and this one
         self.saved: Path | None = None
         self.last_save = time.monotonic()
         self.reader = DelayedReader(run.world)
@@ -158,6 +159,7 @@ class Trainer:
             "classes": self.run.task.classes,
             "details": self.details,
             "initial_weights": self.initial_weights,
+            "seconds": self.seconds(),
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -175,8 +177,13 @@ class Trainer:
         self.epoch, self.step = state["position"]["epoch"], state["position"]["step"]
         self.sums, self.rows = dict(state["sums"]), list(state["rows"])
         self.details = dict(state.get("details", {}))
-        self.initial_weights = state.get("initial_weights", "")
+        self.initial_weights = state.get("initial_weights")
+        self.seconds_before = float(state.get("seconds", 0.0))
         self.saved = path
+
+    def seconds(self) -> float:
+        """The time that the run has taken, over all its starts up to their last snapshots."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def fit(self, log: RunLogger) -> None:
         """Train to the last epoch, or until a stop is requested; `stopped` says which.

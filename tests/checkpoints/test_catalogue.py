@@ -86,7 +86,7 @@ def test_name_taken_twice_is_refused(tmp_path, monkeypatch):
         ({"md5": None}, "md5 is None: must be a valid string"),
         ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'"),
         ({"task": "detection"}, "task is 'detection': must be 'classification' or 'segmentation'"),
-        ({"layout": "onnx"}, "layout is 'onnx': must be 'legacy' or 'iabn_hub'"),
+        ({"layout": "onnx"}, "layout is 'onnx': must be 'legacy', 'iabn_hub' or 'efficientnet_pytorch'"),
         ({"model": "../evil"}, r"model is '\.\./evil', not an identifier"),
         ({"tag": "a/b"}, "tag is 'a/b', not a word"),
         ({"num_classes": "10"}, "num_classes is '10': must be a valid integer"),

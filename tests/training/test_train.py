@@ -210,6 +210,10 @@ def test_one_command_for_every_start(train, pictures, tmp_path, capsys):
     assert train(data, *command) == 0
     assert "initial weights: test_resnet_iabn.mnist" in capsys.readouterr().out
     before = weights(tmp_path / "run")
+    metrics = (tmp_path / "run" / "metrics.json").read_bytes()
+    assert train(data, *command) == 0
+    assert "the run is complete; nothing is left to do" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == metrics
     (tmp_path / "run" / "model.safetensors").unlink()
     assert train(data, *command) == 0
     said = capsys.readouterr().out
@@ -234,6 +238,24 @@ def test_the_best_epoch_is_exported(train, pictures, tmp_path, only):
     assert metrics.best["top1"] == max(row["val_top1"] for row in metrics.epochs)
     network = iabn_hub.create_model(str(out / "snapshots" / "best.pt"))
     assert all(value.equal(best["model"][name]) for name, value in network.state_dict().items())
+
+
+def test_a_longer_run_leaves_no_old_best(train, pictures, tmp_path):
+    data = pictures()
+    assert train(data, "--epochs", "2") == 0
+    seconds = read_metrics(tmp_path / "run" / "metrics.json").seconds
+    assert train(data, "--epochs", "3", "--resume", "auto", "--best") == 0
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+    metrics = read_metrics(tmp_path / "run" / "metrics.json")
+    assert metrics.seconds > seconds
+    assert metrics.recipe["optimizer"]["schedule"]["epochs"] == 3
+
+
+def test_a_folder_does_not_hide_a_published_checkpoint(train, pictures, tmp_path, monkeypatch):
+    assert train(pictures(), "--epochs", "1", out=tmp_path / "test_resnet_iabn.mnist") == 0
+    monkeypatch.chdir(tmp_path)
+    assert iabn_hub.create_model("test_resnet_iabn.mnist", pretrained=True).num_classes == 10
+    assert iabn_hub.create_model("./test_resnet_iabn.mnist").num_classes == 2
 
 
 def test_networks_of_a_run(train, pictures, tmp_path, capsys):

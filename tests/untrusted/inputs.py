@@ -115,6 +115,14 @@ def weights(name: str, save: Callable[[Path], object]) -> Callable[[Path], tuple
     return make
 
 
+def named(name: str, save: Callable[[Path], object]) -> Callable[[Path], tuple[list[str], dict[str, str]]]:
+    def make(folder: Path) -> tuple[list[str], dict[str, str]]:
+        save(folder / name)
+        return ["classify", IMAGE, "--model", str(folder / name)], {}
+
+    return make
+
+
 def arguments(*given: str) -> Callable[[Path], tuple[list[str], dict[str, str]]]:
     return lambda folder: ([each.replace("DIR", str(folder)) for each in given], {})
 
@@ -154,6 +162,13 @@ def deflated(path: Path) -> None:
             new.writestr(each.filename, old.read(each))
 
 
+def two_directories(path: Path) -> None:
+    """An archive within another one: Python and torch would each read another directory of it."""
+    torch.save(tensors(), path)
+    content = path.read_bytes()
+    path.write_bytes(content + content)
+
+
 def one_bit_changed(path: Path) -> None:
     torch.save(tensors(), path)
     content = bytearray(path.read_bytes())
@@ -179,6 +194,20 @@ def a_pickle(path: Path) -> None:
 
 def long_header(path: Path) -> None:
     path.write_bytes(b"\xff" * 7 + b"\x7f" + b"{}")
+
+
+SNAPSHOT = {
+    "model": {}, "ema": None, "optimizer": {}, "recipe": {}, "classes": None, "sums": {}, "rows": [],
+    "position": {"epoch": 1, "step": 1, "steps_per_epoch": 1},
+}  # fmt: skip
+
+
+def odd_snapshot(path: Path) -> None:
+    torch.save({**SNAPSHOT, "model": 5, "sums": 3}, path)
+
+
+def foreign_snapshot(path: Path) -> None:
+    torch.save({**SNAPSHOT, "config": {"architecture": "hf-hub:a/b", "num_classes": 2}}, path)
 
 
 def bomb(path: Path) -> None:
@@ -235,6 +264,7 @@ CASES = [
     Case("weights", "a pickle that runs a program", weights("x.pth", a_pickle)),
     Case("weights", "the same in a file of torch.save", weights("x.pth", with_tensors(weight=Code()))),
     Case("weights", "a compressed record", weights("x.pth", deflated)),
+    Case("weights", "two archives in one file", weights("x.pth", two_directories)),
     Case("weights", "one bit changed", weights("x.pth", one_bit_changed)),
     Case("weights", "the end cut off", weights("x.pth", cut_short)),
     Case("weights", "tensors on the meta device", weights("x.pth", with_tensors(**META))),
@@ -253,6 +283,10 @@ CASES = [
     Case("image", "a text", image("x.png", text("no picture"))),
     Case("image", "a file name that sets the terminal's title", image(f"{TITLE}.png", text(""))),
     Case("image", "a file name written from right to left", image("\u202egnp.exe", text(""))),
+    Case("weights", "a text called .safetensors", named("x.safetensors", text("weights"))),
+    Case("snapshot", "with values of other types", named("x.pt", odd_snapshot)),
+    Case("snapshot", "of a network on the Hub", named("x.pt", foreign_snapshot)),
+    Case("name", "a home folder of nobody", arguments("classify", IMAGE, "--model", "~nobody-at-all/x")),
     Case("name", "an empty repository", arguments("classify", IMAGE, "--model", "hf-hub:")),
     Case("name", "a repository of three parts", arguments("classify", IMAGE, "--model", "hf-hub:a/b/c")),
     Case("name", "a path of 5,000 characters", arguments("classify", "x" * 5000)),

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import random
+import resource
 import threading
 import time
 
@@ -238,3 +239,54 @@ def test_the_size_of_a_fetched_file_is_learnt(server, tmp_path):
     server.answer = lambda h: h.send(200, DATA + b"x", Content_Length=len(DATA) + 1)
     with pytest.raises(CheckpointError, match=r"sends 300,001 bytes, the file has 300,000"):
         fetched()
+
+
+def test_a_bomb_in_a_redirect(server):
+    """The body of an answer that leads elsewhere is not read."""
+    body = gzip.compress(bytes(100 << 20))
+
+    def answer(handler):
+        if handler.path.startswith("/there"):
+            handler.send(200, DATA, Content_Length=len(DATA))
+        else:
+            handler.send(302, body, Location="/there", Content_Encoding="gzip", Content_Length=len(body))
+
+    server.answer = answer
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fetched()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 80_000  # kilobytes
+
+
+def test_redirects_without_end(server):
+    server.answer = lambda h: h.send(302, Location="/again", Content_Length=0)
+    with pytest.raises(CheckpointError, match="leads on and on, more than 10 times"):
+        fetched()
+
+
+@pytest.mark.parametrize("kind", ["trailers", "file name in gzip", "size of a chunk"])
+def test_bytes_without_content(server, monkeypatch, kind):
+    """A single read that takes bytes for ever and gives none."""
+    monkeypatch.setattr(download, "PACE_SECONDS", 0.3)
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+
+    def answer(handler):
+        if kind == "file name in gzip":
+            handler.send(200, b"\x1f\x8b\x08\x08\0\0\0\0\0\x03", Content_Encoding="gzip")
+        else:
+            handler.send(200, b"0\r\n" if kind == "trailers" else b"0", Transfer_Encoding="chunked")
+        for _ in range(400):
+            handler.wfile.write(b"X: y\r\n" if kind == "trailers" else b"0")
+            handler.wfile.flush()
+            time.sleep(0.02)
+
+    server.answer = answer
+    with pytest.raises(CheckpointError, match=r"did not answer in time|broke off|expected"):
+        fetched()
+
+
+def test_a_password_with_an_at_sign(server, monkeypatch):
+    monkeypatch.setenv("IABN_HUB_MIRROR", f"http://user:p@ss@127.0.0.1:{server.server_port}/x")
+    server.answer = lambda h: h.send(200, DATA, Content_Length=len(DATA))
+    assert fetched()
+    assert server.requests[0]["Authorization"] == "Basic dXNlcjpwQHNz"

@@ -1,5 +1,6 @@
 """One process at a time writes into a folder; the system lets the next one in when a process dies."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -109,3 +110,34 @@ def test_waits_a_moment_for_a_process_that_ends(tmp_path, holder, monkeypatch):
     subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"])
     with exclusive(tmp_path / "out"):
         assert time.monotonic() - started < 20
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / FOLDER_LOCK).symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"), exclusive(tmp_path / "out"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with exclusive(tmp_path / "out"):
+        (tmp_path / "out" / "file").write_text("x")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_a_forked_process_does_not_end_the_lock(tmp_path):
+    with exclusive(tmp_path / "out"):
+        child = os.fork()
+        if child == 0:
+            try:
+                raise SystemExit
+            except SystemExit:
+                os._exit(len(files._held))
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(files._held) == 1

@@ -8,6 +8,7 @@ import sys
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from iabn_hub.checkpoints.errors import CheckpointError
 from iabn_hub.publishing.card import markdown
@@ -72,7 +73,7 @@ def test_the_password_of_the_mirror_is_never_shown(password):
         ("https://host/x?a=1&access_token=abc.def-ghi", "abc.def-ghi"),
         ("{'Authorization': 'Bearer abcdefgh123'}", "abcdefgh123"),
         ("authorization: Basic dXNlcjpwdw==", "dXNlcjpwdw=="),
-        ("Invalid token hf_AbCdEfGhIjKlMnOp", "AbCdEfGhIjKlMnOp"),
+        ("Invalid token hf_" + 17 * "Ab", 17 * "Ab"),
         ("the token of a server of ours: s3cret-own-token", "s3cret-own-token"),
     ],
 )
@@ -93,3 +94,46 @@ def test_foreign_text_in_a_card_is_text(text):
     assert not set(shown) & set("<>\n")
     unescaped = re.sub(r"\\\\", "", shown)  # a backslash that is itself escaped escapes nothing
     assert not re.search(r"(?<!\\)[|\[\]`]", unescaped)
+
+
+@pytest.mark.parametrize("text", ["//a:" * 16_000, "//" * 60_000, "//a:b/" * 10_000, "authorization: " * 4000])
+def test_a_long_text_of_a_server_takes_no_time(text):
+    """The patterns do not backtrack; with the first ones this never ended."""
+    assert len(printable(text)) <= len(text)
+
+
+def test_names_that_only_begin_as_tokens_do_stay():
+    assert printable("cache/hf_checkpoints/x.pth") == "cache/hf_checkpoints/x.pth"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bars_of_other_libraries_still_move_the_cursor(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with safe_streams():
+        for _ in tqdm(range(3), "weights", mininterval=0):
+            pass
+        sys.stderr.write("\x1b[A\x1b[A")
+        sys.stderr.write("a name\r\x1b[31m")
+    assert "\rweights: 100%" in stream.getvalue()
+    assert "\\r" not in stream.getvalue().partition("a name")[0]
+    assert stream.getvalue().endswith("\x1b[A\x1b[Aa name\\r\\x1b[31m")
+
+
+def test_handlers_that_a_library_has_made_before(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("another_library")
+    logger.addHandler(handler)
+    try:
+        with safe_streams():
+            logger.warning("red \x1b[31m and token=abcdef")
+        assert handler.stream is stream
+    finally:
+        logger.removeHandler(handler)
+    assert stream.getvalue() == "red \\x1b[31m and token=abcdef\n"
