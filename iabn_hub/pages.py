@@ -12,7 +12,8 @@ from PIL import Image
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: right }
+.table { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0; font-size: 14px }
+td, th { padding: .2rem .5rem; text-align: right }
 th { border-bottom: 1px solid #999 } td:first-child, th:first-child { text-align: left } img { max-width: 100% }
 figure { display: inline-block; width: 9rem; margin: .4rem; vertical-align: top; font-size: 13px }
 figure img { width: 100% }
@@ -41,7 +42,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
     lines = ["".join(cell("th", name) for name in header)]
     lines += ["".join(cell("td", value) for value in row) for row in rows]
-    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return "<div class='table'><table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
 def picture(image: Image.Image) -> str:

@@ -8,6 +8,7 @@ from .paths import ROOT
 
 PROMISES = {
     "classify": "digit_7.png: 7 (",
+    "finetune": "coffee.jpg: coffee (",
     "features": "logits: (2, 19, 16, 16)",
     "layer": "InPlaceABN   ",
     "publish": "equal logits: True",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from ..datasets.samples import Batch
 from ..world import World
 
 MAX_ERRORS = 50  # most confident errors that each rank keeps
+REPORTED_ERRORS = 12  # of them in the results of a run
+FEWEST_FOR_TOP5 = 6  # classes; among five every answer is right
+MOST_FOR_MATRIX = 40  # classes; a larger confusion matrix cannot be read
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,13 @@ class ConfidentError:
 
 @dataclass
 class ClassificationMetrics:
-    """Counts of images; `confusions` counts (label, prediction) pairs that differ."""
+    """Counts of images; `confusions` counts (label, prediction) pairs that differ.
 
+    Args:
+        num_classes: of the network; top-5 is a metric where there are more than five.
+    """
+
+    num_classes: int = 1000
     images: int = 0
     correct: int = 0
     correct_top5: int = 0
@@ -59,10 +67,18 @@ class ClassificationMetrics:
         return self.total_loss / max(self.images, 1)
 
     def values(self) -> dict[str, float]:
-        return {"loss": self.loss, "top1": self.top1, "top5": self.top5}
+        top5 = {"top5": self.top5} if self.num_classes >= FEWEST_FOR_TOP5 else {}
+        return {"loss": self.loss, "top1": self.top1, **top5}
 
     def details(self) -> dict[str, Any]:
-        return {}
+        """`per_class`: for each class the number of its images and of the correct ones; of up to 40 classes the
+        `confusion` matrix, rows: labels; `errors`: the most confident ones."""
+        classes = range(self.num_classes)
+        found: dict[str, Any] = {"per_class": [[self.per_class[i], self.correct_per_class[i]] for i in classes]}
+        if self.num_classes <= MOST_FOR_MATRIX:
+            counts = {**self.confusions, **{(i, i): self.correct_per_class[i] for i in classes}}
+            found["confusion"] = [[counts.get((label, i), 0) for i in classes] for label in classes]
+        return found | {"errors": [asdict(each) for each in self.errors[:REPORTED_ERRORS]]}
 
     def pictures(self) -> Sequence[np.ndarray]:
         return ()
@@ -97,7 +113,7 @@ class ClassificationMetrics:
             self.errors = _most_confident([*self.errors, *errors])[:MAX_ERRORS]
 
     def synchronized(self, world: World) -> ClassificationMetrics:
-        merged = ClassificationMetrics()
+        merged = ClassificationMetrics(self.num_classes)
         for share in world.all_gather_object(self):
             merged.add(share)
         return merged

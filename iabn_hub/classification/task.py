@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ from ..datasets.samples import samples_of
 from ..datasets.transforms import train_transform, val_transform
 from ..recipes import Recipe
 from ..world import World
-from .metrics import ClassificationMetrics, check_labels
+from .figures import figures
+from .metrics import FEWEST_FOR_TOP5, ClassificationMetrics, ConfidentError, check_labels
 
 
 class ClassificationTask:
     """See `training.task.Task`."""
 
     counts = ("correct", "correct_top5")
-    monitors = ("top1", "top5")
+
+    @property
+    def monitors(self) -> tuple[str, ...]:
+        return ("top1", "top5") if self._num_classes >= FEWEST_FOR_TOP5 else ("top1",)
+
+    @property
+    def _num_classes(self) -> int:
+        return len(self.classes) if self.classes else self.recipe.network.classes
 
     def __init__(self, recipe: Recipe, location: Location, world: World) -> None:
         self.recipe, self.world = recipe, world
@@ -31,6 +40,7 @@ class ClassificationTask:
         self.val = open_split(location, location.val_split)
         check_same_classes(location, self.train, self.val)
         self.classes = classes_of(self.train)
+        self._name_of: Callable[[int], str] | None = None  # of a validation image
 
     def train_loader(self, out: Path, workers: int) -> TrainLoader:
         training = self.recipe.training
@@ -41,6 +51,7 @@ class ClassificationTask:
     def val_loader(self, workers: int) -> Any:
         images = self.recipe.input
         samples = samples_of(self.val, val_transform(images.scale_val, images.crop_val), self.world)
+        self._name_of = samples.name
         return val_loader(samples, self.recipe.micro_batch(self.world.size), workers, self.world)
 
     def check_labels(self, labels: Tensor, classes: int) -> None:
@@ -58,7 +69,12 @@ class ClassificationTask:
 
     def train_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         images = max(sums["images"], 1)
-        return {"top1": 100 * sums["correct"] / images, "top5": 100 * sums["correct_top5"] / images}
+        sums_of = {"top1": "correct", "top5": "correct_top5"}
+        return {name: 100 * sums[sums_of[name]] / images for name in self.monitors}
+
+    def error_pictures(self, details: Mapping[str, Any]) -> str:
+        errors = [ConfidentError(**each) for each in details.get("errors", ())]
+        return figures(errors, self._name_of, self.classes) if self._name_of else ""
 
     def new_metrics(self, num_classes: int, device: torch.device) -> ClassificationMetrics:
-        return ClassificationMetrics()
+        return ClassificationMetrics(num_classes)

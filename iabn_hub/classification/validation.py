@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import html
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints.catalogue import Checkpoint
 from ..datasets.folders import Location, classes_of, open_split
-from ..datasets.images import open_rgb
 from ..datasets.loaders import val_loader
 from ..datasets.samples import samples_of
 from ..datasets.transforms import val_transform
 from ..models.pretrained import Pretrained
-from ..pages import page, picture, table
+from ..pages import page, table
 from ..world import World
-from .metrics import ClassificationMetrics, ConfidentError
+from .figures import figures
+from .metrics import ClassificationMetrics
 
 MANY_CLASSES = 20  # with more, only the worst are printed
 WORST = 10
-THUMBNAIL = 160  # longer side, in pixels
 
 
 class ClassificationProtocol:
@@ -75,7 +73,7 @@ class ClassificationProtocol:
         return val_loader(samples, batch_size, workers, world), classes_of(split)
 
     def new_metrics(self, classes: tuple[str, ...], device: torch.device) -> ClassificationMetrics:
-        return ClassificationMetrics()
+        return ClassificationMetrics(len(classes))
 
     def results(self, metrics: ClassificationMetrics, classes: tuple[str, ...]) -> dict[str, Any]:
         per_class = [
@@ -89,11 +87,12 @@ class ClassificationProtocol:
         worst_first = sorted(facts["per_class"], key=lambda row: row["top1"])
         many = len(worst_first) > MANY_CLASSES
         rows = worst_first[:WORST] if many else facts["per_class"]
+        top5 = f"top-5 {facts['top5']:.2f} %, " if "top5" in facts else ""
         crops = "ten crops" if self.ten_crop else "centre crop"
         return [
             f"{'class':<30} {'images':>7} {'top-1':>8}" + (f"   (the worst {WORST})" if many else ""),
             *(f"{row['label'][:30]:<30} {row['images']:>7} {row['top1']:>7.2f}%" for row in rows),
-            f"{facts['model']}: top-1 {facts['top1']:.2f} %, top-5 {facts['top5']:.2f} %, loss {facts['loss']:.4f} on "
+            f"{facts['model']}: top-1 {facts['top1']:.2f} %, {top5}loss {facts['loss']:.4f} on "
             f"{facts['images']:,} images ({crops} of {self.crop} from {self.resize}); "
             f"{facts['images_per_second']:.0f} images/s on {facts['ranks']} × {facts['device']}",
         ]
@@ -109,21 +108,9 @@ class ClassificationProtocol:
             rows.append((row["label"], row["images"], row["top1"], confused or "nothing else"))
         return page(
             f"Validation of {facts['model']}",
-            table(("", ""), [*((name, facts[name]) for name in names), *facts["protocol"].items()]),
+            table(("", ""), [*((name, facts[name]) for name in names if name in facts), *facts["protocol"].items()]),
             "".join(f"<p>{html.escape(change)}</p>" for change in facts["changes"]),
             "<h2>Worst classes</h2>",
             table(("class", "images", "top-1, %", "predicted as"), rows),
-            "<h2>Most confident errors</h2>" if metrics.errors else "",
-            *(_figure(error, dataset.name(error.index), classes) for error in metrics.errors),
+            figures(metrics.errors, dataset.name, classes),
         )
-
-
-def _figure(error: ConfidentError, name: str, classes: tuple[str, ...]) -> str:
-    thumbnail = ""
-    if Path(name).is_file():  # not in an archive or a stream
-        image = open_rgb(name)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        thumbnail = picture(image)
-    rows = [("label", classes[error.label]), ("prediction", classes[error.prediction])]
-    caption = table((), [*rows, ("probability", error.probability)])
-    return f"<figure>{thumbnail}<figcaption>{html.escape(Path(name).name)}{caption}</figcaption></figure>"

@@ -76,7 +76,7 @@ def _print(image: str, predictions: list[Prediction]) -> None:
     columns = min(shutil.get_terminal_size().columns, WIDEST)
     labels = [textwrap.shorten(each.label, LONGEST_LABEL, placeholder=" …") for each in predictions]
     width = max(map(len, labels))
-    longest = max(columns - width - len("  100.00 %  "), 0)
+    longest = max(columns - width - len("    100.00 %  "), 0)
     print(f"\n{image}")
     for label, each in zip(labels, predictions):
         eighths = round(8 * longest * each.probability)

@@ -177,6 +177,6 @@ def _upload(export: Export, target: Target, files: dict[str, Path], row: dict[st
     changed = [file for file, change in changes.items() if change != "same"]
     row |= {"repo": target.repo, "commit": commit, "uploaded": changed}
     # The entry of a catalogue that makes the repository a source of this checkpoint.
-    row["catalogue"] = {"repo": target.repo, "revision": commit, "md5": row["md5"]}
+    row["catalogue"] = {"repo": target.repo, "revision": commit, "md5": row["md5"], "bytes": row["files"][WEIGHTS]}
     endpoint = huggingface_hub.constants.ENDPOINT
     return f"  {endpoint}/{target.repo} @ {commit}: {', '.join(changed) or 'nothing has changed'}"

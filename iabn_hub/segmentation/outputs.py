@@ -14,7 +14,10 @@ from .palette import Palette
 
 KINDS = ("palette", "raw", "prob", "overlay")
 STRENGTH = 0.55  # of the labels' colours in an overlay
-LEGEND = 24  # classes that a legend has room for
+BACKGROUND = {"background", "void", "unlabeled", "unlabelled", "ignore"}
+OUTLINE = 800  # the longer side of a picture whose outlines are one pixel wide
+# The legend: its font is a 36th of the height of the picture; it has room for these classes at least.
+ROWS, SMALLEST_FONT, LINE, LEGEND = 36, 12, 1.4, 24
 
 
 def output_paths(folder: Path, below: Path, kinds: Sequence[str]) -> dict[str, Path]:
@@ -62,20 +65,41 @@ def draw(kind: str, image: Image.Image, classes: np.ndarray, values: np.ndarray,
 
 
 def _overlay(image: Image.Image, labels: Image.Image, palette: Palette) -> Image.Image:
-    """The image under its labels' colours, and beside it the classes by their share."""
-    blended = Image.blend(image, labels.convert("RGB"), STRENGTH)
-    counts = np.bincount(np.asarray(labels).ravel(), minlength=len(palette.names))
-    present = [int(number) for number in counts.argsort(kind="stable")[::-1] if counts[number]][:LEGEND]
-    size = max(10, min(24, image.height // (LEGEND + 2)))
+    """The image under its labels' colours, with outlines, and beside it the classes by their share.
+
+    Classes of the background, such as 'void', are not painted.
+    """
+    numbers = np.asarray(labels)
+    unpainted = [n for n, name in enumerate(palette.names) if name.lower() in BACKGROUND]
+    photo = np.asarray(image)
+    blended = np.asarray(Image.blend(image, labels.convert("RGB"), STRENGTH)).copy()
+    hidden = np.isin(numbers, unpainted)
+    blended[hidden] = photo[hidden]
+    blended[_outlines(numbers, max(1, max(image.size) // OUTLINE))] = 255
+    counts = np.bincount(numbers.ravel(), minlength=len(palette.names))
+    present = [int(number) for number in counts.argsort(kind="stable")[::-1] if counts[number]]
+    size = max(SMALLEST_FONT, image.height // ROWS)
+    shown = present[: max(LEGEND, round(image.height / (LINE * size)) - 2)]
+    lines = [f"{palette.names[n]}  {100 * counts[n] / counts.sum():.1f} %" for n in shown]
+    lines += [f"and {len(present) - len(shown)} more"] if len(present) > len(shown) else []
     font = ImageFont.load_default(size)
-    lines = [f"{palette.names[n]}  {100 * counts[n] / counts.sum():.1f} %" for n in present]
     width = round(max(font.getlength(line) for line in lines)) + 3 * size
-    height = max(image.height, round((len(lines) + 1) * 1.4 * size))
+    height = max(image.height, round((len(lines) + 1) * LINE * size))
     sheet = Image.new("RGB", (image.width + width, height), "white")
-    sheet.paste(blended, (0, 0))
+    sheet.paste(Image.fromarray(blended), (0, 0))
     pen = ImageDraw.Draw(sheet)
-    for row, (number, line) in enumerate(zip(present, lines)):
-        left, top = image.width + size // 2, round((row + 0.5) * 1.4 * size)
-        pen.rectangle((left, top, left + size, top + size), fill=palette.colors[number], outline="black")
+    for row, line in enumerate(lines):
+        left, top = image.width + size // 2, round((row + 0.5) * LINE * size)
+        if row < len(shown):
+            color = "white" if shown[row] in unpainted else palette.colors[shown[row]]
+            pen.rectangle((left, top, left + size, top + size), fill=color, outline="black", width=max(1, size // 16))
         pen.text((left + 1.5 * size, top), line, fill="black", font=font)
     return sheet
+
+
+def _outlines(numbers: np.ndarray, width: int) -> np.ndarray:
+    """Where the class changes within `width` pixels to the right or below, (H, W) bool."""
+    edges = np.zeros(numbers.shape, bool)
+    edges[:-width] |= numbers[:-width] != numbers[width:]
+    edges[:, :-width] |= numbers[:, :-width] != numbers[:, width:]
+    return edges

@@ -65,7 +65,7 @@ def segment(
 
     Args:
         files: each with its path below the folder of the results.
-        report: called with the error of every photo that cannot be read.
+        report: called with the working size, and with the error of every photo that cannot be read.
 
     Returns:
         A row for every photo of all ranks: `image`, and `kept`, `error`, or `outputs` and `classes` (percentages).
@@ -86,6 +86,8 @@ def _segment_all(
     world: World,
     report: Callable[[object], Any],
 ) -> list[dict[str, Any]]:
+    if world.is_primary:
+        report(_working_size(network, options))
     wanted = [(file, output_paths(options.out, below, options.kinds)) for file, below in files]
     # Decided once, by rank 0: another rank could find what was written meanwhile.
     exist = [not options.overwrite and all(path.exists() for path in paths.values()) for _, paths in wanted]
@@ -128,6 +130,16 @@ def _segment(
         bar.update(len(batch))
     bar.close()
     return rows
+
+
+def _working_size(network: Pretrained, options: SegmentOptions) -> str:
+    """A sentence: which size the network is shown, and whether tiles change anything."""
+    side = network.evaluation.long_side if options.long_side is None else options.long_side
+    shown = f"photos are resized to {side:,} pixels at the longer side" if side else "photos keep their size"
+    tile = options.views.tile
+    largest = side * max(options.views.scales)
+    useless = tile is not None and side and tile >= largest
+    return f"{shown} (--long-side)" + (f"; --tile {tile:,} changes nothing, it is not smaller" if useless else "")
 
 
 def _normalize(network: Pretrained) -> Any:

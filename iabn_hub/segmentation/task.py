@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ class SegmentationTask:
 
     def train_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return {"pixel_accuracy": 100 * sums["correct"] / max(sums["pixels"], 1)}
+
+    def error_pictures(self, details: Mapping[str, Any]) -> str:
+        return ""  # TensorBoard shows predictions
 
     def new_metrics(self, num_classes: int, device: torch.device) -> SegmentationMetrics:
         return SegmentationMetrics(num_classes, device, self.classes)

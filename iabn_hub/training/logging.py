@@ -94,15 +94,15 @@ class RunLogger:
         """Write metrics.csv: all epochs so far."""
         if self.first:
             text = io.StringIO()
-            table = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
+            table = csv.DictWriter(text, list(rows[-1]), restval="", extrasaction="ignore", lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
             write_atomically(self.out / "metrics.csv", text.getvalue().encode())
 
-    def report(self, title: str, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
-        """Write report.html."""
+    def report(self, title: str, rows: Sequence[Row], facts: Mapping[str, Any], **more: Any) -> None:
+        """Write report.html; see `training_report`."""
         if self.first:
-            write_atomically(self.out / "report.html", training_report(title, rows, facts).encode())
+            write_atomically(self.out / "report.html", training_report(title, rows, facts, **more).encode())
 
     def flush(self) -> None:
         """Write TensorBoard's buffered events: a resumed run does not log them again."""

@@ -1,11 +1,14 @@
-"""report.html of a run: its curves, settings and results."""
+"""report.html of a run: its settings and results, its curves, the confusion matrix, and the worst errors."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..pages import embed, page, table
 
@@ -19,26 +22,88 @@ CURVES = (  # a report shows those that its run has
     ("images a second", ("images_per_second",)),
     ("waiting for images, %", ("waited",)),
 )
+SPIKE = 10  # times the median; a loss that exceeds it is shown on a logarithmic scale
+MOST_WITH_COUNTS = 20  # classes of a matrix whose cells show their counts
+LEFT_OUT = ("step", "waited", "peak_memory")  # of the table; metrics.csv has them
 
 
-def training_report(title: str, rows: Sequence[Mapping[str, float]], facts: Mapping[str, Any]) -> str:
-    """The curves of a run over its epochs, its settings and results, and its last epochs."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    columns = list(rows[-1]) if rows else []
-    curves = [(name, [key for key in keys if key in columns]) for name, keys in CURVES]
-    for axes, (name, keys) in zip(figure.subplots(2, 3).flat, [curve for curve in curves if curve[1]]):
-        for key in keys:
-            axes.plot(epochs, [row[key] for row in rows], marker="." if len(rows) < 40 else "", label=key)
-        axes.set_title(name, loc="left")
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if len(keys) > 1:
-            axes.legend()
+def training_report(
+    title: str,
+    rows: Sequence[Mapping[str, float]],
+    facts: Mapping[str, Any],
+    details: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    errors: str = "",
+) -> str:
+    """The page of a run.
+
+    Args:
+        rows: the epochs.
+        facts: settings and results, by name.
+        details: of the metrics of the last epoch; a `confusion` matrix is drawn.
+        classes: their names.
+        errors: HTML of the worst errors.
+    """
+    columns = [name for name in rows[-1] if name not in LEFT_OUT] if rows else []
+    confusion = (details or {}).get("confusion")
     return page(
         title,
         table(("", ""), facts.items()),
-        embed(lambda file: figure.savefig(file, format="png", dpi=110)),
+        embed(lambda file: _curves(rows).savefig(file, format="png", dpi=110)),
+        "<h2>Confusion matrix</h2>"
+        + embed(lambda file: _matrix(confusion, classes).savefig(file, format="png", dpi=110))
+        if confusion
+        else "",
+        errors,
         "<h2>The last epochs</h2>",
-        table(columns, ([row[key] for key in columns] for row in rows[-20:])),
+        table([name.replace("_", " ") for name in columns], ([row[key] for key in columns] for row in rows[-20:])),
     )
+
+
+def _curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    columns = list(rows[-1]) if rows else []
+    curves = [(name, [key for key in keys if key in columns]) for name, keys in CURVES]
+    curves = [curve for curve in curves if curve[1]]
+    for axes, (name, keys) in zip(figure.subplots(2, 3).flat, curves):
+        _curve(axes, rows, keys)
+        axes.set_title(name, loc="left")
+    for axes in figure.axes[len(curves) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], keys: Sequence[str]) -> None:
+    epochs = [row["epoch"] for row in rows]
+    for key in keys:
+        axes.plot(epochs, [row[key] for row in rows], marker="." if len(rows) < 40 else "", label=key)
+    values = [row[key] for row in rows for key in keys]
+    if "loss" in keys and min(values) > 0 and max(values) > SPIKE * statistics.median(values):
+        axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if len(keys) > 1:
+        axes.legend()
+
+
+def _matrix(counts: Sequence[Sequence[int]], classes: Sequence[str] | None) -> Figure:
+    """The confusion matrix: each row is the share of the images of a label."""
+    number = len(counts)
+    names = [name[:24] for name in classes or map(str, range(number))]
+    figure = Figure(figsize=(min(4 + 0.35 * number, 11), min(3 + 0.35 * number, 11)), layout="constrained")
+    axes = figure.subplots()
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(number), names, rotation=90)
+    axes.set_yticks(range(number), names)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+    if number <= MOST_WITH_COUNTS:
+        for y, row in enumerate(counts):
+            for x, count in enumerate(row):
+                if count:
+                    axes.text(
+                        x, y, str(count), ha="center", va="center", color="white" if shares[y][x] > 0.5 else "black"
+                    )
+    return figure

@@ -65,9 +65,13 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
         "unreadable images": skipped,
         **({} if trainer.initial_weights is None else {"initial weights": trainer.initial_weights or "random"}),
         "normalisation": run.recipe.norms, "device": str(run.world.device), "ranks": run.world.size,
-        "time": f"{seconds / 60:.1f} minutes",
+        "time": f"{seconds / 60:.1f} minutes", "peak memory": f"{log.peak_memory() / 1e6:,.0f} MB",
+        "weights": f"{weights.stat().st_size / 1e6:,.1f} MB",
     }  # fmt: skip
-    log.report(run.recipe.model, trainer.rows, facts)
+    log.report(
+        run.recipe.model, trainer.rows, facts, details=result, classes=run.task.classes,
+        errors=run.task.error_pictures(result),
+    )  # fmt: skip
     if skipped:
         log.info(f"{skipped} images could not be read; train.log names them")
     summary = format_metrics(result, run.task.monitors[:1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,9 @@ class Task(Protocol):
 
     def train_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics of training from the sums of `counts` and 'images'."""
+
+    def error_pictures(self, details: Mapping[str, Any]) -> str:
+        """The worst errors of a validation as HTML, from the `details` of its metrics; '' where there are none."""
 
     def new_metrics(self, num_classes: int, device: torch.device) -> Metrics:
         """Empty metrics for one validation."""

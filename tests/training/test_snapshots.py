@@ -13,8 +13,9 @@ from iabn_hub.training.snapshots import Snapshots
 
 
 def state(value):
-    empty = dict.fromkeys(("ema", "optimizer", "position", "recipe", "classes"))
-    return {**empty, "model": {"weight": torch.full((1000,), float(value))}}
+    position = {"epoch": 1, "step": 1, "steps_per_epoch": 1}
+    rest = {"ema": None, "optimizer": {}, "position": position, "recipe": {}, "classes": None}
+    return {**rest, "model": {"weight": torch.full((1000,), float(value))}}
 
 
 def value_of(path):
