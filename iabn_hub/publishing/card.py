@@ -21,6 +21,8 @@ TASKS = {"classification": "image-classification", "segmentation": "image-segmen
 LICENSES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "Apache-2.0": "apache-2.0"}
 FIGURES = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "miou": ("mean_iou", "mIoU")}
 SHOWN_CLASSES = 20
+CURVES = "curves.png"
+PICTURES = {CURVES: "Curves of the training", "confusion.png": "Confusion matrix of the held-out images"}
 REPO = "ORG/NAME"  # where the repository is not known yet
 
 
@@ -93,6 +95,9 @@ def _body(export: Export, repo: str) -> str:
     lines += ["", "## Figures", "", *_figures(export)] if export.results else []
     lines += ["", "## Use", "", *_usage(export, arch, repo)]
     lines += ["", "## Training", "", *_training(export)]
+    for name, title in PICTURES.items():
+        if name in export.pictures:
+            lines += ["", f"![{title}]({name})"]
     lines += ["", "## Origin", "", *_origin(export)]
     lines += ["", "## Licence", "", _license(export)]
     if export.citation:
@@ -126,7 +131,7 @@ def _usage(export: Export, arch: str, repo: str) -> list[str]:
     command = "classify photo.jpg" if export.network.task == "classification" else "segment street.jpg out"
     return [
         "```python",
-        "import iabn_hub, timm, torch  # pip install iabn-hub; the import registers the architecture in timm",
+        "import iabn_hub, timm, torch  # importing iabn_hub registers the architecture in timm",
         "",
         f'model = timm.create_model("hf-hub:{repo}", pretrained=True)',
         f'model = iabn_hub.create_model("{arch}", checkpoint="hf-hub:{repo}")',

@@ -55,6 +55,7 @@ class Export:
         command: the command that repeats the export.
         recipe: the settings of the training, as JSON.
         results: its figures.
+        pictures: files that the card shows.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Export:
     citation: str = ""
     description: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Path] = field(default_factory=dict)
 
 
 def export_of(name: str, given: Path | None = None, best: bool = False) -> Export:
@@ -118,7 +120,7 @@ def _of_run(name: str, place: Path, best: bool) -> Export:
     return Export(
         name, network, _digests(source) | {"kind": "training run", "file": source.name},
         f"iabn-hub export {name} --from RUN" + (" --best" if best else ""), facts.recipe, facts.results,
-        training=facts.training, description=facts.description,
+        training=facts.training, description=facts.description, pictures=facts.pictures,
     )  # fmt: skip
 
 
@@ -146,6 +148,7 @@ def write_repository(export: Export, folder: Path, repo: str | None, overwrite: 
     contents = {CONFIG: _config(export), CARD: model_card(export, repo).encode()}
     if export.recipe is not None:
         contents[RECIPE] = export.recipe.encode()
+    contents |= {name: path.read_bytes() for name, path in export.pictures.items()}
     for name, content in contents.items():
         written[name] = folder / name
         write_atomically(written[name], content)

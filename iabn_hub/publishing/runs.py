@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.catalogue import Result
+from ..checkpoints.catalogue import Result, records
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.weights import BEST, BEST_WEIGHTS, WEIGHTS, read_snapshot
 from ..models.pretrained import Pretrained
 from ..recipes import Recipe, read_recipe, recipe_from
 from ..recipes.metrics import RunMetrics, read_metrics
+from .card import CURVES, PICTURES
 
-FEWEST_FOR_TOP5 = 10  # classes; among fewer, top-5 says little
+FEWEST_FOR_TOP5 = 6  # classes; among five every answer is right
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Of the weights of a run: its recipe as JSON, their metrics, the settings for people, and a sentence."""
+    """Of the weights of a run: its recipe as JSON, their metrics, the settings for people, a sentence, and pictures."""
 
     recipe: str | None
     results: tuple[Result, ...]
     training: Mapping[str, Any]
     description: str
+    pictures: Mapping[str, Path]
 
 
 def weights_of_run(place: Path, best: bool) -> Path:
@@ -68,7 +70,10 @@ def facts_of_run(weights: Path, network: Pretrained) -> RunFacts:
     if recipe is None and (folder / "recipe.json").is_file():
         recipe = read_recipe(folder / "recipe.json")
     result = metrics.best if weights.name == BEST_WEIGHTS else metrics.result
-    return _facts(recipe, result, network, metrics.initial_weights, metrics.images)
+    facts = _facts(recipe, result, network, metrics.initial_weights, metrics.images)
+    # The matrix is that of model.safetensors.
+    names = [name for name in PICTURES if name == CURVES or result == metrics.result]
+    return replace(facts, pictures={name: folder / name for name in names if (folder / name).is_file()})
 
 
 def _facts(
@@ -94,7 +99,10 @@ def _facts(
     if initial is not None:
         training["initial weights"] = initial or "random"
     description = f"Fine-tuned from {initial}" if initial else ""
-    return RunFacts(recipe.to_json() if recipe else None, results, training, description)
+    known = records().get(initial or "")
+    if known and known.license:
+        description += f", whose licence is {known.license}"
+    return RunFacts(recipe.to_json() if recipe else None, results, training, description, {})
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

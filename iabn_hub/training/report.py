@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..pages import embed, page, table
+from ..pages import page, table
 
 CURVES = (  # a report shows those that its run has
     ("loss", ("loss", "val_loss")),
@@ -22,6 +24,7 @@ CURVES = (  # a report shows those that its run has
     ("images a second", ("images_per_second",)),
     ("waiting for images, %", ("waited",)),
 )
+HEADINGS = {"curves.png": "", "confusion.png": "<h2>Confusion matrix</h2>"}
 SPIKE = 10  # times the median; a loss that exceeds it is shown on a logarithmic scale
 MOST_WITH_COUNTS = 20  # classes of a matrix whose cells show their counts
 LEFT_OUT = ("step", "waited", "peak_memory")  # of the table; metrics.csv has them
@@ -45,19 +48,35 @@ def training_report(
         errors: HTML of the worst errors.
     """
     columns = [name for name in rows[-1] if name not in LEFT_OUT] if rows else []
-    confusion = (details or {}).get("confusion")
+    figures = report_figures(rows, details, classes)
     return page(
         title,
         table(("", ""), facts.items()),
-        embed(lambda file: _curves(rows).savefig(file, format="png", dpi=110)),
-        "<h2>Confusion matrix</h2>"
-        + embed(lambda file: _matrix(confusion, classes).savefig(file, format="png", dpi=110))
-        if confusion
-        else "",
+        *(
+            f"{HEADINGS[name]}<img src='data:image/png;base64,{base64.b64encode(png).decode()}' alt=''>"
+            for name, png in figures.items()
+        ),
         errors,
         "<h2>The last epochs</h2>",
         table([name.replace("_", " ") for name in columns], ([row[key] for key in columns] for row in rows[-20:])),
     )
+
+
+def report_figures(
+    rows: Sequence[Mapping[str, float]], details: Mapping[str, Any] | None, classes: Sequence[str] | None
+) -> dict[str, bytes]:
+    """The pictures of a report as PNG: curves.png, and confusion.png where the metrics have a confusion matrix."""
+    figures = {"curves.png": _curves(rows)}
+    confusion = (details or {}).get("confusion")
+    if confusion:
+        figures["confusion.png"] = _matrix(confusion, classes)
+    return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return file.getvalue()
 
 
 def _curves(rows: Sequence[Mapping[str, float]]) -> Figure:

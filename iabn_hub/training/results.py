@@ -18,10 +18,11 @@ from ..models.timm_config import config_text
 from ..recipes.metrics import RunMetrics
 from ..schema import to_dict
 from .logging import Row, RunLogger
+from .report import report_figures
 from .task import TITLES, format_metrics
 from .trainer import Trainer
 
-RESULTS = (WEIGHTS, BEST_WEIGHTS, "config.json", "metrics.json", "report.html")
+RESULTS = (WEIGHTS, BEST_WEIGHTS, "config.json", "metrics.json", "report.html", "curves.png", "confusion.png")
 
 
 def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, skipped: int, best_only: bool) -> None:
@@ -68,6 +69,8 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
         "time": f"{seconds / 60:.1f} minutes", "peak memory": f"{log.peak_memory() / 1e6:,.0f} MB",
         "weights": f"{weights.stat().st_size / 1e6:,.1f} MB",
     }  # fmt: skip
+    for name, png in report_figures(trainer.rows, result, run.task.classes).items():
+        write_atomically(out / name, png)
     log.report(
         run.recipe.model, trainer.rows, facts, details=result, classes=run.task.classes,
         errors=run.task.error_pictures(result),

@@ -1,6 +1,7 @@
 """Batches depend on seed and position alone; every image is there once; what is wrong with the data is said by name."""
 
 import io
+import os
 import tarfile
 
 import datasets
@@ -291,3 +292,32 @@ def test_pictures_of_every_kind_are_read(tmp_path):
     (batch,) = val_loader(source, VAL, 8, 0, ALONE)
     assert batch.images.shape == (6, 3, 32, 32)
     assert (batch.images.float() - 128).abs().max() <= 1
+
+
+def test_a_class_whose_name_is_not_utf8(tmp_path):
+    for name in (b"finch", b"\xff"):
+        folder = os.path.join(os.fsencode(tmp_path), b"train", name)
+        os.makedirs(folder)
+        Image.new("RGB", (8, 8)).save(os.path.join(os.fsdecode(folder), "0.png"))
+    split = open_split(Location(str(tmp_path)), "train")
+    with pytest.raises(DataError, match=r"the folder '\\udcff' of a class has a name that is not UTF-8: rename it"):
+        classes_of(split)
+
+
+def test_a_folder_without_splits(tmp_path):
+    """Every fifth image of each class is for validation."""
+    for name, count in (("finch", 11), ("wren", 5)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number:02}.png")
+    train, val = (open_split(Location(str(tmp_path)), split) for split in ("train", "val"))
+    named = [[os.path.relpath(path, tmp_path) for path, _ in split.samples] for split in (train, val)]
+    assert named[1] == ["finch/04.png", "finch/09.png", "wren/04.png"]
+    assert len(named[0]) == 13
+    assert not {*named[0]} & {*named[1]}
+    assert classes_of(train) == classes_of(val) == ("finch", "wren")
+    (tmp_path / "wren" / "00.png").unlink()
+    with pytest.raises(DataError, match="wren has fewer than 5 images, so none to validate on"):
+        open_split(Location(str(tmp_path)), "val")
+    with pytest.raises(DataError, match=r"expected CLASS/\* in it"):
+        open_split(Location(str(tmp_path / "wren")), "train")

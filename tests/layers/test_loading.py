@@ -192,6 +192,16 @@ def test_the_folder_is_made_for_this_user_alone(fresh, tmp_path):
     assert stat.S_IMODE((tmp_path / "kernels").stat().st_mode) == 0o700
 
 
+def test_what_a_killed_build_left_is_removed(fresh, tmp_path):
+    fresh.setenv("CXX", str(a_compiler(tmp_path, "sys.exit()")))
+    build = building.cpu_build()
+    left = tmp_path / "kernels" / f"build-{build.name}-{build.key()}-killed"
+    left.mkdir(parents=True, mode=0o700)
+    (left / "driver.o").write_bytes(bytes(100))
+    loading.use_native("cpu")
+    assert not left.exists()
+
+
 @pytest.mark.slow
 def test_paths_with_spaces_quotes_and_dollars(fresh, tmp_path):
     """torch, the sources and the cache in such folders."""

@@ -17,7 +17,7 @@ from iabn_hub.checkpoints import catalogue
 from iabn_hub.checkpoints.errors import CatalogueError
 from iabn_hub.recipes import RecipeError, read_recipe
 
-from .inputs import CASES, IMAGE, PAGE, VALUES, in_record, row, run
+from .inputs import CASES, IMAGE, PAGE, VALUES, Case, in_record, row, run
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -92,6 +92,31 @@ def test_any_json_is_a_catalogue_and_a_recipe_or_is_refused(tmp_path_factory, co
     assert_read_or_refused(catalogue.read_catalogue, path, CatalogueError)
     path.write_text(json.dumps(content))
     assert_read_or_refused(read_recipe, path, RecipeError)
+
+
+WHOLE = {
+    "model": "resnet50_iabn", "tag": "mine", "md5": "0" * 32, "bytes": 7, "parameters": 25_557_032, "num_classes": 2,
+    "classes": ["finch", "wren"], "dataset": "birds", "license": "MIT", "citation": "x",
+    "license_link": "https://example.org", "description": "y", "google_drive_id": "z",
+    "training": {"epochs": 3}, "options": {"activation": "elu"},
+    "hub": {"repo": "a/b", "md5": "0" * 32}, "input": {"size": [3, 224, 224], "crop_pct": 0.9},
+    "results": [{"protocol": "224", "dataset": "birds", "top1": 50.0, "crop": 224}],
+}  # fmt: skip
+odd = scalars | st.sampled_from([10**400, -(10**400), 1e308, "\x00", "\ud800", "\x1b]0;t\x07", "\u202e"])
+odd = odd | st.lists(odd, max_size=2) | st.dictionaries(st.sampled_from([*WHOLE, "\x1b[8m"]), odd, max_size=2)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(WHOLE)), odd)
+def test_a_record_with_one_odd_value_is_shown_or_refused(tmp_path_factory, field, value):
+    """`info` ends in a sentence or a description, without control characters."""
+    path = tmp_path_factory.mktemp("record") / "x.json"
+    path.write_text(json.dumps({"checkpoints": [{**WHOLE, field: value}]}))
+    case = Case("", "", lambda folder: (["info", "resnet50_iabn.mine"], {"IABN_HUB_CATALOGUE": str(path)}))
+    answer = run(case, path.parent)
+    assert answer.code in (0, 1, 2)
+    assert "Traceback" not in answer.err
+    assert not CONTROL.search(answer.out + answer.err)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
