@@ -12,6 +12,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoints.catalogue import Result
+from ..models.factory import CONVERTED_MODELS
 from ..terminal import printable
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def _body(export: Export, repo: str) -> str:
     kind = "in-place activated BatchNorm (iABN), which keeps about half the memory for the backward pass"
     if export.network.options.get("norm_layer", "abn" if arch.endswith("_abn") else "iabn") == "abn":
         kind = "standard BatchNorm"
+    if arch in CONVERTED_MODELS:
+        kind = "converted layers, whose outputs are computed again in the backward pass instead of being kept"
     intro = f"`{arch}` with {kind}. {parameters:,} parameters, {export.network.options['num_classes']:,} classes"
     if export.dataset:
         intro += f", trained on {markdown(export.dataset)}"

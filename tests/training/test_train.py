@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_what_it_should(train, pictures, tmp_path, capsy
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(5, 51, 5))
     assert all(float(row["images_per_second"]) > 0 and 0 < float(row["waited"]) < 100 for row in rows)
-    assert (out / "report.html").read_text().count("<img") == 1
+    assert (out / "report.html").read_text().count("<img") == 2  # curves, confusion matrix
     assert json.loads((out / "recipe.json").read_text())["network"]["classes"] == 2
     board = EventAccumulator(str(out / "tensorboard"))
     board.Reload()
