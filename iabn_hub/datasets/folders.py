@@ -71,11 +71,8 @@ def _open_folder(root: Path, split: str) -> Any:
         # timm would keep a pickle beside a large tar, and open files that forked workers share with their positions.
         reader = ReaderImageInTar(str(place), cache_tarfiles=False, cache_tarinfo=False)
         return timm.data.ImageDataset(str(place), reader=reader)
-    if (
-        not folder.is_dir()
-        and split in ("train", "val")
-        and not any((root / each).is_dir() for each in ("train", "val"))
-    ):
+    splits = any((root / each).is_dir() for each in ("train", "val"))
+    if root.is_dir() and split in ("train", "val") and not splits:
         return _part_of_folder(root, split)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected {root}/train/CLASS/* and {root}/val/CLASS/*")

@@ -51,7 +51,7 @@ def test_a_run_learns_and_leaves_what_it_should(train, pictures, tmp_path, capsy
     board = EventAccumulator(str(out / "tensorboard"))
     board.Reload()
     assert [point.step for point in board.Scalars("epoch/val_top1")] == list(range(5, 51, 5))
-    assert {"epoch/loss", "epoch/top5", "epoch/learning_rate", "epoch/images_per_second", "epoch/peak_memory"} <= set(
+    assert {"epoch/loss", "epoch/top1", "epoch/learning_rate", "epoch/images_per_second", "epoch/peak_memory"} <= set(
         board.Tags()["scalars"]
     )
     network = iabn_hub.create_model(f"local-dir:{out}", pretrained=True)
