@@ -17,8 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 else:
     # Kernels are built once for all tests of a run, never into the caller's cache.
+    # A folder of kernels for tests alone can be named, so that several runs build once.
     KERNELS = tempfile.TemporaryDirectory(prefix="iabn_hub-kernels-")
-    os.environ["IABN_HUB_BUILD_DIR"] = KERNELS.name
+    os.environ["IABN_HUB_BUILD_DIR"] = os.environ.get("IABN_HUB_TEST_KERNELS", KERNELS.name)
 
 KEPT = ("IABN_HUB_BUILD_DIR", "IABN_HUB_BACKEND", "IABN_HUB_CPU_CAPABILITY")
 

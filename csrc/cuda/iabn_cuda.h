@@ -48,10 +48,17 @@ struct Plan {
   int64_t width = 1, x = 1, y = 1, tiles = 1, parts = 1;
 };
 
-constexpr int64_t kBlockThreads = 256;      // at most; more would leave a thread too few registers
-constexpr int64_t kBlocksPerProcessor = 4;  // as many as registers allow the kernels for rows
+constexpr int64_t kBlockThreads = 256;  // at most; more would leave a thread too few registers
+#ifndef IABN_BLOCKS_PER_PROCESSOR
+#define IABN_BLOCKS_PER_PROCESSOR 4
+#endif
+#ifndef IABN_READS_PER_THREAD
+#define IABN_READS_PER_THREAD 4
+#endif
+constexpr int64_t kBlocksPerProcessor = IABN_BLOCKS_PER_PROCESSOR;  // as many as registers allow the kernels for rows
 constexpr int64_t kStaticShared = 2048;  // bytes that a fused block has beside its channel, the device's own included
-constexpr int64_t kReadsPerThread = 4;   // at least, before a channel is split: the partial results cost memory too
+// At least, before a channel is split: the partial results cost memory too.
+constexpr int64_t kReadsPerThread = IABN_READS_PER_THREAD;
 
 // `alignment`: the largest power of two, up to 16, that divides every address a vector could start at, in bytes.
 inline Plan make_plan(const Extent& s, int64_t element_bytes, int64_t alignment, const Device& device) {

@@ -76,7 +76,8 @@ IABN_DEVICE T narrow(A v) {
   else return v;
 }
 
-// One access for a whole vector, which the compiler would not make of a struct of elements.
+// What a vector of so many bytes is loaded into and stored from: one access, which the compiler would not make of a struct
+// of elements.
 template <int bytes>
 struct Register;
 template <>
@@ -96,20 +97,13 @@ struct Register<2> {
   using type = unsigned short;
 };
 
-template <typename Pack>
-IABN_DEVICE Pack read_vector(const void* from) {
-  using R = typename Register<sizeof(Pack)>::type;
-  R raw = *static_cast<const R*>(from);
-  Pack pack;
-  memcpy(&pack, &raw, sizeof(raw));
-  return pack;
+template <typename R>
+IABN_DEVICE R read_vector(const void* from) {
+  return *static_cast<const R*>(from);
 }
 
-template <typename Pack>
-IABN_DEVICE void write_vector(void* to, const Pack& pack) {
-  using R = typename Register<sizeof(Pack)>::type;
-  R raw;
-  memcpy(&raw, &pack, sizeof(raw));
+template <typename R>
+IABN_DEVICE void write_vector(void* to, const R& raw) {
   __stcg(static_cast<R*>(to), raw);
 }
 

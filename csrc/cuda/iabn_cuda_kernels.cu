@@ -23,8 +23,10 @@ struct Gradients {
   template <typename F>
   IABN_DEVICE void each(const Activated& act, F f) const {
     Values<W> out = unpack(y), d = unpack(dy), residual = unpack(r);
+    act.choose([&](const auto& chosen) {
 #pragma unroll
-    for (int i = 0; i < W; ++i) f(i, act.gradient(out.v[i], d.v[i]), act.invert(out.v[i]) - residual.v[i]);
+      for (int i = 0; i < W; ++i) f(i, chosen.gradient(out.v[i], d.v[i]), chosen.invert(out.v[i]) - residual.v[i]);
+    });
   }
 };
 
@@ -89,8 +91,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   };
   pipelined(share.begin + threadIdx.x, share.end, blockDim.x, load_inputs, [&](int64_t slot, const Inputs<W>& in) {
     Values<W> v = unpack(in.x), residual = unpack(in.r);
+    act.choose([&](const auto& chosen) {
 #pragma unroll
-    for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i], m, scale, bias, residual.v[i]);
+      for (int i = 0; i < W; ++i) v.v[i] = forward(chosen, v.v[i], m, scale, bias, residual.v[i]);
+    });
     store(y, Slot::number<W>(s, slot).in(y, c), v);
   });
 }
@@ -152,12 +156,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   // The mean stays a distance from the first value: x − first is exact where the mean is large.
   A m = all->mean, scale = scale_of(affine, c, all->m2 / all->count), bias = value(affine.bias, c, 0);
   auto load_inputs = [&](int64_t slot) {
-    return Inputs<W>{read_vector<Pack<W>>(packs + slot), load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
+    return Inputs<W>{packs[slot], load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
   };
   pipelined<1>(threadIdx.x, slots<W>(s), blockDim.x, load_inputs, [&](int64_t slot, const Inputs<W>& in) {
     Values<W> v = unpack(in.x), residual = unpack(in.r);
+    act.choose([&](const auto& chosen) {
 #pragma unroll
-    for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i] - first, m, scale, bias, residual.v[i]);
+      for (int i = 0; i < W; ++i) v.v[i] = forward(chosen, v.v[i] - first, m, scale, bias, residual.v[i]);
+    });
     store(y, Slot::number<W>(s, slot).in(y, c), v);
   });
 }
@@ -188,8 +194,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   A count = A(s.per_channel());
   Gradient gradient(affine, c, value(var, c, 0), true, all->dz / count, all->product / count);
   auto load_kept = [&](int64_t slot) {
-    return Gradients<W>{read_vector<Pack<W>>(ys + slot), read_vector<Pack<W>>(dys + slot),
-                        load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
+    return Gradients<W>{ys[slot], dys[slot], load_any<W>(r, Slot::number<W>(s, slot).in(r, c))};
   };
   pipelined<1>(threadIdx.x, slots<W>(s), blockDim.x, load_kept, [&](int64_t slot, const Gradients<W>& g) {
     Slot at = Slot::number<W>(s, slot);
@@ -248,8 +253,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   };
   pipelined(share.begin + threadIdx.y, share.end, blockDim.y, load_inputs, [&](int64_t row, const Inputs<W>& in) {
     Values<W> v = unpack(in.x), residual = unpack(in.r);
+    act.choose([&](const auto& chosen) {
 #pragma unroll
-    for (int i = 0; i < W; ++i) v.v[i] = forward(act, v.v[i], m[i], scale[i], bias[i], residual.v[i]);
+      for (int i = 0; i < W; ++i) v.v[i] = forward(chosen, v.v[i], m[i], scale[i], bias[i], residual.v[i]);
+    });
     store(y, in_row(y, row, c), v);
   });
 }

@@ -75,16 +75,21 @@ struct Activated {
     leaky = {param, 1 / param, A(options.lowest)};
     elu = {param, 1 / param, A(options.lowest)};
   }
-  IABN_DEVICE A forward(A z) const { return is_elu ? elu.forward(z) : leaky.forward(z); }
-  IABN_DEVICE A invert(A y) const { return is_elu ? elu.invert(y) : leaky.invert(y); }
-  IABN_DEVICE A gradient(A y, A dy) const { return is_elu ? elu.gradient(y, dy) : leaky.gradient(y, dy); }
+  // Calls f with the activation itself: one branch for all elements of a vector.
+  template <typename F>
+  IABN_DEVICE void choose(F f) const {
+    if (is_elu) f(elu);
+    else f(leaky);
+  }
 };
 
 // ---- vectors of W elements -----------------------------------------------------------------------------------------
 
+// As it is in memory. The words stay as they are until a value is used: were they taken apart when they are loaded, the
+// compiler would wait for one vector before it asks for the next.
 template <int W>
-struct alignas(sizeof(T) * W) Pack {
-  T v[W];
+struct Pack {
+  typename Register<sizeof(T) * W>::type raw;
 };
 
 template <int W>
@@ -94,15 +99,17 @@ struct Values {
 
 template <int W>
 IABN_DEVICE Values<W> unpack(const Pack<W>& pack) {
+  T v[W];
+  memcpy(v, &pack.raw, sizeof(v));
   Values<W> out;
 #pragma unroll
-  for (int i = 0; i < W; ++i) out.v[i] = widen(pack.v[i]);
+  for (int i = 0; i < W; ++i) out.v[i] = widen(v[i]);
   return out;
 }
 
 template <int W>
 IABN_DEVICE Pack<W> load(const StridedTensor& o, int64_t offset) {
-  return read_vector<Pack<W>>(static_cast<const T*>(o.data) + offset);
+  return {read_vector<decltype(Pack<W>::raw)>(static_cast<const T*>(o.data) + offset)};
 }
 
 // Zeros where there is no operand, such as no residual.
@@ -113,10 +120,12 @@ IABN_DEVICE Pack<W> load_any(const StridedTensor& o, int64_t offset) {
 
 template <int W>
 IABN_DEVICE void store(const StridedTensor& o, int64_t offset, const Values<W>& values) {
-  Pack<W> pack;
+  T v[W];
 #pragma unroll
-  for (int i = 0; i < W; ++i) pack.v[i] = narrow<T>(values.v[i]);
-  write_vector(static_cast<T*>(o.data) + offset, pack);
+  for (int i = 0; i < W; ++i) v[i] = narrow<T>(values.v[i]);
+  Pack<W> pack;
+  memcpy(&pack.raw, v, sizeof(v));
+  write_vector(static_cast<T*>(o.data) + offset, pack.raw);
 }
 
 // ---- sums that can be merged ---------------------------------------------------------------------------------------
@@ -202,7 +211,11 @@ IABN_DEVICE void merge_columns(Item (&items)[W]) {
 
 // ---- walks ---------------------------------------------------------------------------------------------------------
 
-constexpr int kUnderWay = 2;  // vectors of each operand that a thread has asked for before it uses the first
+#ifndef IABN_UNDER_WAY
+#define IABN_UNDER_WAY 2
+#endif
+constexpr int kUnderWay =
+    IABN_UNDER_WAY;  // vectors of each operand that a thread has asked for before it uses the first
 
 // Calls use(i, load(i)) for i from `begin` in steps to `end`, with several loads under way.
 template <int under_way = kUnderWay, typename Load, typename Use>
@@ -254,7 +267,8 @@ IABN_DEVICE Share share_of_block(int64_t count, bool backward) {
 // ---- formulas of one vector ----------------------------------------------------------------------------------------
 
 // act((x − mean)·scale + β [+ r])
-IABN_DEVICE A forward(const Activated& act, A x, A mean, A scale, A bias, A r) {
+template <typename Activation>
+IABN_DEVICE A forward(const Activation& act, A x, A mean, A scale, A bias, A r) {
   return act.forward(normalized(x, mean, scale, bias) + r);
 }
 

@@ -32,6 +32,7 @@ KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math"]
 DRIVER_FLAGS = ["-O1", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # it only prepares what the kernels do
 CUDA_DTYPES = ("f32", "f64", "bf16", "f16")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS_VARIABLE = "IABN_HUB_CUDA_FLAGS"  # further flags, such as -DIABN_BLOCKS_PER_PROCESSOR=3, for measurements
 CUDA_STRICT = ["-Werror=all-warnings", "-Xptxas=-v"]  # for what is published
 # What a wheel carries: from Turing to Blackwell, and code that the driver compiles for what comes later.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
@@ -66,8 +67,8 @@ class Build:
         return folder / f"{self.name}.so"
 
 
-def run(command: list[str]) -> str:
-    """What a program prints.
+def run(command: list[str], both: bool = False) -> str:
+    """What a program prints; with `both`, on stderr too.
 
     Raises:
         BuildError: it cannot be run or fails, with the first line that speaks of an error.
@@ -84,7 +85,7 @@ def run(command: list[str]) -> str:
             or ["no output"]
         )
         raise BuildError(f"{Path(command[0]).name} failed ({errors[0].strip()})")
-    return done.stdout
+    return done.stdout + (done.stderr if both else "")
 
 
 # ---- what there is to build with -------------------------------------------------------------------------------------
@@ -210,13 +211,15 @@ def cpu_build(levels: dict[str, list[str]] | None = None) -> Build:
 def cuda_build(architectures: Iterable[str], extra: Iterable[str] = ()) -> Build:
     """The CUDA library for compute capabilities such as '9.0', or '12.0+PTX'; `extra` flags go to nvcc."""
     cxx, csrc, home = compiler(), sources(), cuda_home()
+    extra = [*extra, *os.environ.get(CUDA_FLAGS_VARIABLE, "").split()]
     codes = []
     for architecture in architectures:
         number = architecture.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
         codes.append(f"-gencode=arch=compute_{number},code={code}")
     common, include = (_argument(f"-I{folder}") for folder in (csrc / "common", home / "include"))
-    driver = [*COMMON, *DRIVER_FLAGS, "-DUSE_CUDA", common, include, *_headers()]
+    defines = [flag for flag in extra if flag.startswith("-D")]
+    driver = [*COMMON, *DRIVER_FLAGS, "-DUSE_CUDA", *defines, common, include, *_headers()]
     edges = [_edge("cxx", "driver", csrc / "cuda" / "iabn_cuda.cpp", driver)]
     for dtype in CUDA_DTYPES:
         flags = [*CUDA_FLAGS, common, *codes, *extra, f"-DIABN_DTYPE={dtype}"]

@@ -79,9 +79,14 @@ def use_native(device_type: str) -> Status:
     """Load the native kernels of a device type on the first call; later calls return what came of it.
 
     Raises:
-        BuildError: `IABN_HUB_BACKEND=native` asks for kernels that are not to be had.
+        BuildError: `IABN_HUB_BACKEND=native` asks for kernels that are not to be had; or a CUDA graph is captured
+            before the first use.
     """
     if device_type not in _status:
+        if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise BuildError(
+                "a CUDA graph cannot hold the loading of the kernels: run the network once before capturing"
+            )
         _status[device_type] = _find(device_type)
     status = _status[device_type]
     if _chosen == "native" and status.backend != "native":

@@ -236,6 +236,13 @@ T narrow(A v) {
   }
 }
 
+template <int bytes>
+struct Register {
+  struct alignas(bytes) type {
+    unsigned char bytes_of[bytes];
+  };
+};
+
 template <typename Pack>
 Pack read_vector(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack))
