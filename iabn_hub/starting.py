@@ -5,15 +5,15 @@ import sys
 import threading
 from pathlib import Path
 
-TOOLS = Path(__file__).parent.parent / "tools"
-
 
 def _is_command() -> bool:
     """Whether this process runs `iabn-hub`, `python -m iabn_hub` or one of tools/, not a program of the user's."""
     program = Path(sys.argv[0]) if sys.argv else Path()
     if program.name == "-m":  # so it is while the package behind -m is imported, whichever that is
         return sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == ["iabn_hub"] if "-m" in sys.orig_argv else False
-    return program.name in ("iabn-hub", "iabn-hub.exe") or program.absolute().parent == TOOLS
+    tools = program.absolute().parent
+    of_checkout = tools.name == "tools" and (tools.parent / "hubconf.py").is_file()
+    return program.name in ("iabn-hub", "iabn-hub.exe") or (of_checkout and (tools.parent / "iabn_hub").is_dir())
 
 
 def end_at_interrupt() -> None:

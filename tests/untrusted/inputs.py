@@ -27,7 +27,7 @@ from iabn_hub.cli import main
 DATA = Path(iabn_hub.__file__).parent / "data"
 IMAGE = str(sorted((DATA / "samples").glob("*.png"))[0])
 WEIGHTS = DATA / "test_resnet_iabn.mnist.safetensors"
-PAGE = Path(iabn_hub.__file__).parent.parent / "docs" / "untrusted_inputs.md"
+PAGE = Path(__file__).parents[2] / "docs" / "untrusted_inputs.md"
 TITLE = "\x1b]0;title\x07"  # sets the title of a terminal's window
 RECORD = {"model": "resnet50_iabn", "tag": "mine", "md5": "0" * 32}
 # Values that JSON allows and that programs fail on.

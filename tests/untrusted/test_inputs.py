@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +16,8 @@ from iabn_hub.checkpoints import catalogue
 from iabn_hub.checkpoints.errors import CatalogueError
 from iabn_hub.recipes import RecipeError, read_recipe
 
-from .inputs import CASES, IMAGE, PAGE, VALUES, Case, in_record, row, run
+from ..paths import ROOT
+from .inputs import CASES, PAGE, VALUES, Case, in_record, row, run
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -136,11 +136,10 @@ def test_ctrl_c_while_a_command_starts(tmp_path):
     """Its import of torch is stopped without a traceback."""
     slow = tmp_path / "torch.py"  # stands for an import that takes long
     slow.write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n")
-    root = Path(IMAGE).parents[3]
-    for command in (["-m", "iabn_hub"], [str(root / "tools" / "train.py")]):
+    for command in (["-m", "iabn_hub"], [str(ROOT / "tools" / "train.py")]):
         done = subprocess.run(
-            [sys.executable, *command, "list"], capture_output=True, text=True, check=False, cwd=root,
-            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+            [sys.executable, *command, "list"], capture_output=True, text=True, check=False, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         )  # fmt: skip
         assert done.returncode == -2
         assert done.stderr == ""
