@@ -13,7 +13,7 @@ from .frame import complete_names, json_option, print_json
 
 SHOWN = (
     "description", "task", "dataset", "num_classes", "parameters", "license", "license_link", "citation",
-    "md5", "layout", "file", "google_drive_id", "hub", "catalogue", "cached",
+    "md5", "bytes", "layout", "file", "package", "google_drive_id", "hub", "catalogue", "cached",
 )  # fmt: skip
 
 

