@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from iabn_hub import __version__
+from iabn_hub import __version__, list_models
 
 CARD = """---
 title: In-place activated BatchNorm
@@ -39,10 +39,16 @@ if __name__ == "__main__":
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder, made if missing")
-    parser.add_argument("--model", help="as of 'iabn-hub classify' (default: EfficientNet-Lite0)")
+    parser.add_argument("--model", help="a name of 'iabn-hub list', or hf-hub:ORG/NAME (default: EfficientNet-Lite0)")
     parser.add_argument("--source", default="https://github.com/OWNER/iabn_hub", help="the package's repository")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds files")
     given = parser.parse_args()
+    if given.model and not given.model.startswith("hf-hub:") and given.model not in list_models(pretrained=True):
+        print(
+            f"build_space: --model is {given.model!r}, not a name of 'iabn-hub list' or hf-hub:ORG/NAME",
+            file=sys.stderr,
+        )
+        return 2
     if given.out.is_dir() and any(given.out.iterdir()) and not given.overwrite:
         print(f"build_space: {given.out} holds files: name another folder, or pass --overwrite", file=sys.stderr)
         return 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..datasets.images import ImageError, open_rgb
 from ..pages import picture, table
+from ..terminal import printable
 from .metrics import ConfidentError
 
 THUMBNAIL = 160  # longer side, in pixels
@@ -28,7 +30,7 @@ def figures(
 
 def _figure(error: ConfidentError, name: str, classes: Sequence[str] | None) -> str:
     thumbnail = ""
-    if Path(name).is_file():  # not in an archive or a stream
+    if os.path.isfile(name):  # not in an archive or a stream
         try:
             image = open_rgb(name)
             image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -37,4 +39,5 @@ def _figure(error: ConfidentError, name: str, classes: Sequence[str] | None) -> 
             thumbnail = ""
     label, prediction = (classes[n] if classes else f"class {n}" for n in (error.label, error.prediction))
     rows = [("label", label), ("prediction", prediction), ("probability", error.probability)]
-    return f"<figure>{thumbnail}<figcaption>{html.escape(Path(name).name)}{table((), rows)}</figcaption></figure>"
+    file = html.escape(printable(Path(name).name))
+    return f"<figure>{thumbnail}<figcaption>{file}{table((), rows)}</figcaption></figure>"

@@ -40,6 +40,7 @@ class ClassificationTask:
         self.val = open_split(location, location.val_split)
         check_same_classes(location, self.train, self.val)
         self.classes = classes_of(self.train)
+        self.notes = tuple(note for note in [getattr(self.train, "note", "")] if note)
         self._name_of: Callable[[int], str] | None = None  # of a validation image
 
     def train_loader(self, out: Path, workers: int) -> TrainLoader:

@@ -69,7 +69,8 @@ class ClassificationProtocol:
         self, location: Location, batch_size: int, workers: int, world: World
     ) -> tuple[Any, tuple[str, ...] | None]:
         split = open_split(location, location.val_split)
-        samples = samples_of(split, val_transform(self.resize, self.crop, self.ten_crop), world)
+        transform = val_transform(self.resize, self.crop, self.ten_crop, self.network.evaluation.interpolation)
+        samples = samples_of(split, transform, world)
         return val_loader(samples, batch_size, workers, world), classes_of(split)
 
     def new_metrics(self, classes: tuple[str, ...], device: torch.device) -> ClassificationMetrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -74,7 +73,10 @@ def command(images: tuple[str, ...], model: str | None, checkpoint: str | None, 
 def _print(image: str, predictions: list[Prediction]) -> None:
     """The predictions of an image with bars, in the width of the terminal."""
     columns = min(shutil.get_terminal_size().columns, WIDEST)
-    labels = [textwrap.shorten(each.label, LONGEST_LABEL, placeholder=" …") for each in predictions]
+    labels = [
+        each.label if len(each.label) <= LONGEST_LABEL else each.label[: LONGEST_LABEL - 1] + "…"
+        for each in predictions
+    ]
     width = max(map(len, labels))
     longest = max(columns - width - len("    100.00 %  "), 0)
     print(f"\n{image}")

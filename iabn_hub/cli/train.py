@@ -12,7 +12,9 @@ from typing import Any
 
 import click
 
+from ..checkpoints.catalogue import checkpoints_of
 from ..datasets.folders import Location
+from ..models.factory import CONVERTED_MODELS
 from ..recipes import Recipe, RecipeError, find_recipe, read_recipe, recipe_names
 from ..training.run import Options, train
 from ..world import init_world
@@ -140,11 +142,28 @@ def _with_changes(path: Path, given: dict[str, Any]) -> Recipe:
         arch, _, kind = given["model"].rpartition("_")
         if kind not in ("iabn", "abn"):
             raise RecipeError(f"--model is {given['model']!r}, not a name such as resnet50_iabn")
-        changes.append(f"network.arch={arch}")
-        if kind == "abn":
-            changes.append("network.bn_mode=standard")
+        changes = [*_network_changes(given["model"], arch, kind, read_recipe(path)), *changes]
     changes += [f"{key}={json.dumps(given[name])}" for name, key in SHORTHANDS.items() if given[name] is not None]
     return read_recipe(path, changes)
+
+
+def _network_changes(name: str, arch: str, kind: str, recipe: Recipe) -> list[str]:
+    """What --model changes in a recipe, so that it makes the network of this name."""
+    changes = [f"network.arch={arch}"]
+    if f"{arch}_iabn" in CONVERTED_MODELS:
+        if kind == "abn":
+            raise RecipeError(f"--model is {name!r}: there is only {arch}_iabn, which has converted norms")
+        changes += ["network.bn_mode=standard", "network.activation=relu"]
+    elif kind == "abn":
+        changes.append("network.bn_mode=standard")
+    else:
+        changes += ["network.bn_mode=inplace"] if recipe.network.bn_mode == "standard" else []
+        changes += ["network.activation=leaky_relu"] if recipe.network.activation == "relu" else []
+    published = checkpoints_of(name)
+    if recipe.training.pretrained and published:  # images as its weights need them
+        images = published[0].input
+        changes += [f"input.mean={json.dumps(images.mean)}", f"input.std={json.dumps(images.std)}"]
+    return changes
 
 
 def _options(data: str, given: dict[str, Any], out: Path) -> Options:

@@ -29,6 +29,7 @@ class Location:
     download: bool = False
 
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 VALIDATED = 5  # of a folder without splits, every such image of a class is for validation
 
 
@@ -80,12 +81,29 @@ def _open_folder(root: Path, split: str) -> Any:
     return ImageFolder(str(folder))
 
 
+class _Classes(ImageFolder):
+    """The folders in a folder but the hidden ones; `note` says what was done with them."""
+
+    note = ""
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not names:
+            raise FileNotFoundError("it holds no folders")
+        return names, {name: number for number, name in enumerate(names)}
+
+
 def _part_of_folder(root: Path, split: str) -> ImageFolder:
     """The images of a folder ROOT/CLASS/*: every fifth of each class is for validation, the others are for training."""
+    names = [each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    splits = [name for name in names if name.lower() in SPLITS]
+    if splits or len(names) == 1:
+        named = f"{', '.join(splits)} is no class" if splits else f"{names[0]} is the only class"
+        raise DataError(f"{root}: {named}: expected CLASS/* for two classes or more, or train/CLASS/* and val/CLASS/*")
     try:
-        folder = ImageFolder(str(root))
-    except (FileNotFoundError, OSError) as e:
-        raise DataError(f"{root}: expected CLASS/* in it, or train/CLASS/* and val/CLASS/*") from e
+        folder = _Classes(str(root))
+    except OSError as e:
+        raise DataError(f"{root}: expected CLASS/* in it, or train/CLASS/* and val/CLASS/* ({e})") from e
     seen: dict[int, int] = {}
     chosen = []
     for path, label in folder.samples:
@@ -95,6 +113,11 @@ def _part_of_folder(root: Path, split: str) -> ImageFolder:
     few = [name for name, label in folder.class_to_idx.items() if seen.get(label, 0) < VALIDATED]
     if few:
         raise DataError(f"{root}: {', '.join(few[:5])} has fewer than {VALIDATED} images, so none to validate on")
+    what = "validated" if split == "val" else "for training"
+    folder.note = (
+        f"{root} has no train/ and val/: {len(chosen):,} of {len(folder.samples):,} images are {what}, every fifth "
+        "image of a class is for validation"
+    )
     folder.samples = folder.imgs = chosen
     folder.targets = [label for _, label in chosen]
     return folder

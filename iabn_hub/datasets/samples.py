@@ -80,6 +80,11 @@ class Samples(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def note(self) -> str:
+        """What the reader of a log should know about the source; '' if nothing."""
+        return str(getattr(self.source, "note", ""))
+
     def __getitem__(self, key: Key) -> Sample:
         """The image at this key; in training, if it cannot be read, the next of `SUBSTITUTES`; else none."""
         epoch, position, index, target_class = key

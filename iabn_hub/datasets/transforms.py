@@ -53,12 +53,13 @@ def train_transform(recipe: Recipe) -> Transform:
     return v2.Compose(steps)
 
 
-def val_transform(resize: int, crop: int, ten_crop: bool = False) -> Transform:
+def val_transform(resize: int, crop: int, ten_crop: bool = False, interpolation: str = "bilinear") -> Transform:
     """The shorter side to `resize` pixels (−1: as it is) and the centre crop: (3, crop, crop), uint8.
 
-    With `ten_crop`: the centre, the four corners, and all of them mirrored, (10, 3, crop, crop).
+    With `ten_crop`: the centre, the four corners, and all of them mirrored, (10, 3, crop, crop). `interpolation` is
+    that of the resize, such as 'bicubic'.
     """
-    steps: list[Any] = [v2.Resize(resize)] if resize > 0 else []
+    steps: list[Any] = [v2.Resize(resize, v2.InterpolationMode(interpolation))] if resize > 0 else []
     if ten_crop:
         steps.append(v2.Lambda(functools.partial(_ten_crops, crop=crop)))
     else:

@@ -54,8 +54,11 @@ def _classify_tab(classifier: Classifier, samples: Path) -> None:
     def classify(path: str | None) -> dict[str, float] | None:
         if path is None:
             return None
-        predictions = classifier.classify(_opened(path))
-        return {printable(each.label): each.probability for each in predictions}
+        shown: dict[str, float] = {}
+        for each in classifier.classify(_opened(path)):
+            label = printable(each.label)  # ImageNet has two classes called 'crane'
+            shown[f"{label} ({each.index})" if label in shown else label] = each.probability
+        return shown
 
     with gradio.Row():
         photo = gradio.Image(type="filepath", label="Photo", height=380)

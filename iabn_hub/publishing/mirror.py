@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoints.catalogue import Checkpoint
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.fetch import cached_files, fetch_checkpoint, local_file
+from ..checkpoints.fetch import cached_files, fetch_checkpoint, local_file, package_file
 from ..files import exclusive, md5_of, write_atomically
 from ..schema import load_json
 
@@ -46,6 +46,8 @@ def build_mirror(
 def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
     if local_file(record):
         return {"name": record.name, "skipped": "is a local file of its catalogue, which no mirror needs to hold"}
+    if record.package and not (package_file(record) or record.hub or record.google_drive_id):
+        return {"name": record.name, "skipped": f"comes with pip install {record.package.name}"}
     for path, md5 in cached_files(record, folder):  # a mirror's names are those of a cache
         if path.is_file() and md5_of(path) == md5:
             return _row(record, path, md5)

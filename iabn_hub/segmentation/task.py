@@ -23,6 +23,7 @@ from .metrics import SegmentationMetrics
 class SegmentationTask:
     """See `training.task.Task`. The logits are resized to the labels, for the loss and for the metrics."""
 
+    notes: tuple[str, ...] = ()
     counts = ("correct", "pixels")
     monitors = ("miou", "pixel_accuracy")
 

@@ -26,6 +26,7 @@ CURVES = (  # a report shows those that its run has
 )
 HEADINGS = {"curves.png": "", "confusion.png": "<h2>Confusion matrix</h2>"}
 SPIKE = 10  # times the median; a loss that exceeds it is shown on a logarithmic scale
+LETTERS_DRAWN = 0x530  # Latin, Greek and Cyrillic
 MOST_WITH_COUNTS = 20  # classes of a matrix whose cells show their counts
 LEFT_OUT = ("step", "waited", "peak_memory")  # of the table; metrics.csv has them
 
@@ -106,16 +107,23 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], keys: Sequence[str])
         axes.legend()
 
 
+def _label(name: str, index: int) -> str:
+    """The name of a class, or its number where the font of the pictures lacks its letters."""
+    return name[:24] if all(ord(letter) < LETTERS_DRAWN for letter in name) else f"class {index}"
+
+
 def _matrix(counts: Sequence[Sequence[int]], classes: Sequence[str] | None) -> Figure:
     """The confusion matrix: each row is the share of the images of a label."""
     number = len(counts)
-    names = [name[:24] for name in classes or map(str, range(number))]
+    names = [_label(name, index) for index, name in enumerate(classes or map(str, range(number)))]
     figure = Figure(figsize=(min(4 + 0.35 * number, 11), min(3 + 0.35 * number, 11)), layout="constrained")
     axes = figure.subplots()
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(number), names, rotation=90)
     axes.set_yticks(range(number), names)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)  # a class may be called '$5 to $9'
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if number <= MOST_WITH_COUNTS:

@@ -59,7 +59,6 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
         run.recipe.model, result, best, run.task.classes, epochs, round(seconds, 1), run.loader.images, skipped,
         trainer.initial_weights, run.recipe.to_dict(),
     )  # fmt: skip
-    write_atomically(out / "metrics.json", (json.dumps(to_dict(metrics), indent=1) + "\n").encode())
     facts = {
         **{TITLES[name]: f"{result[name]:.2f} %" for name in run.task.monitors},
         "best epoch": f"{best['epoch']}, {best[run.task.monitors[0]]:.2f} %", "images": f"{run.loader.images:,}",
@@ -75,6 +74,8 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
         run.recipe.model, trainer.rows, facts, details=result, classes=run.task.classes,
         errors=run.task.error_pictures(result),
     )  # fmt: skip
+    # The last: with it, the run is complete.
+    write_atomically(out / "metrics.json", (json.dumps(to_dict(metrics), indent=1) + "\n").encode())
     if skipped:
         log.info(f"{skipped} images could not be read; train.log names them")
     summary = format_metrics(result, run.task.monitors[:1])

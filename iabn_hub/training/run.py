@@ -119,7 +119,7 @@ def _train(recipe: Recipe, options: Options, world: World, stop_requested: Calla
         if world.is_primary:
             write_atomically(options.out / "recipe.json", recipe.to_json().encode())
         log.info(_headline(run, listed, options.out))
-        for note in notes:
+        for note in (*task.notes, *notes):
             log.info(note)
         trainer.fit(log)
         if trainer.stopped:

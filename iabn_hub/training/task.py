@@ -21,11 +21,13 @@ from ..world import World
 class Task(Protocol):
     """The data, the loss and the metrics of a run.
 
-    `classes` are their names, where the data states them. `counts` names what `count` sums over training images.
+    `classes` are their names, where the data states them, and `notes` sentences for the log.
+    `counts` names what `count` sums over training images.
     `monitors` names validation metrics: the first decides which snapshot is the best, all are logged.
     """
 
     classes: tuple[str, ...] | None
+    notes: tuple[str, ...]
 
     @property
     def counts(self) -> tuple[str, ...]: ...

@@ -121,7 +121,8 @@ def validate(
         facts["check"] = _compared(check, facts, options.tolerance)
     if world.is_primary and options.report:
         write_atomically(options.report, protocol.report(facts, metrics, classes, loader.dataset).encode())
-    notes = [*network.changes, *(f"skipped: {reason}" for reason in metrics.skipped)]
+    note = getattr(loader.dataset, "note", "")
+    notes = [*network.changes, *([note] if note else []), *(f"skipped: {reason}" for reason in metrics.skipped)]
     return facts, [*notes, *protocol.lines(facts), *(_check_lines(facts["check"], metrics.images) if check else [])]
 
 

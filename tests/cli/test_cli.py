@@ -6,13 +6,20 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from iabn_hub import __version__
 from iabn_hub.checkpoints import cache_folder, find, records
 from iabn_hub.classification import predict
-from iabn_hub.classification.predict import DIGITS, PHOTOS
+from iabn_hub.classification.predict import DIGITS, PHOTOS, Classifier
+from iabn_hub.classification.validation import ClassificationProtocol
 from iabn_hub.cli import main
+from iabn_hub.datasets.folders import Location
+from iabn_hub.datasets.images import open_rgb
+from iabn_hub.datasets.transforms import Normalize
+from iabn_hub.models.pretrained import load_pretrained
+from iabn_hub.world import World
 
 from ..legacy_files import a_record, a_small_network, flip_a_byte, md5, save_legacy, write_catalogue
 
@@ -59,6 +66,23 @@ def test_default_names_photos(run):
     assert first == {"camera": ("tripod", 0.94), "cat": ("Egyptian cat", 0.39), "coffee": ("espresso", 0.93)}
     assert "reflex camera" in {each["label"] for each in found["camera"]}
     assert {each["label"] for each in found["cat"][:3]} == {"Egyptian cat", "tiger cat", "tabby, tabby cat"}
+
+
+def test_validation_prepares_images_as_classification_does(run, tmp_path):
+    """The interpolation of the network included, which is bicubic."""
+    for split in ("train", "val"):
+        for path in PHOTOS[1].glob("*.jpg"):
+            (tmp_path / split / path.stem).mkdir(parents=True)
+            (tmp_path / split / path.stem / path.name).symlink_to(path)
+    network = load_pretrained(PHOTOS[0])
+    shown = ClassificationProtocol(network)
+    batch = next(iter(shown.open(Location(str(tmp_path)), 3, 0, World(torch.device("cpu")))[0]))
+    evaluation = network.evaluation
+    ours = Normalize(evaluation.mean, evaluation.std)(batch.images)
+    classifier = Classifier(network=network)
+    for image, name in zip(ours, ("camera", "cat", "coffee")):
+        theirs = classifier.transform(open_rgb(PHOTOS[1] / f"{name}.jpg"))
+        assert (image - theirs).abs().max() < 1e-5
 
 
 def test_images_from_stdin_and_urls(run, monkeypatch, httpserver):

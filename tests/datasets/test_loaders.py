@@ -316,8 +316,18 @@ def test_a_folder_without_splits(tmp_path):
     assert len(named[0]) == 13
     assert not {*named[0]} & {*named[1]}
     assert classes_of(train) == classes_of(val) == ("finch", "wren")
+    assert train.note.endswith("13 of 16 images are for training, every fifth image of a class is for validation")
+    (tmp_path / ".hidden").mkdir()
+    assert classes_of(open_split(Location(str(tmp_path)), "train")) == ("finch", "wren")
+    (tmp_path / "Test").mkdir()
+    with pytest.raises(DataError, match="Test is no class"):
+        open_split(Location(str(tmp_path)), "train")
+    (tmp_path / "Test").rmdir()
     (tmp_path / "wren" / "00.png").unlink()
     with pytest.raises(DataError, match="wren has fewer than 5 images, so none to validate on"):
         open_split(Location(str(tmp_path)), "val")
-    with pytest.raises(DataError, match=r"expected CLASS/\* in it"):
+    with pytest.raises(DataError, match=r"expected CLASS/\* in it, or .* \(it holds no folders\)"):
         open_split(Location(str(tmp_path / "wren")), "train")
+    (tmp_path / "one" / "class").mkdir(parents=True)
+    with pytest.raises(DataError, match="class is the only class"):
+        open_split(Location(str(tmp_path / "one")), "train")

@@ -386,3 +386,40 @@ def test_fine_tuning_begins_with_the_weights_of_an_earlier_run(train, pictures, 
 def test_published_weights_begin_a_run(train, pictures, capsys):
     assert train(pictures(), "--epochs", "1", "--pretrained") == 0
     assert "initial weights: test_resnet_iabn.mnist" in capsys.readouterr().out
+
+
+def test_names_that_pictures_and_pages_must_escape(train, pictures, tmp_path, capsys):
+    """Classes with signs of mathematics, markup and other scripts; files whose names are not UTF-8."""
+    data = pictures(classes=("$5_to_$9", "<b>犬</b>"))
+    for split in ("train", "val"):
+        for path in list((data / split).rglob("*.png")):
+            path.rename(path.with_name(f"\udce9{path.name}"))
+    # One image of each class lies in the folder of the other, so that there are errors to show.
+    folders = [data / "val" / name for name in ("$5_to_$9", "<b>犬</b>")]
+    for here, there in (folders, folders[::-1]):
+        next(here.glob("*0.png")).rename(there / "wrong.png")
+    assert train(data, "--epochs", "6") == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<b>犬" not in page
+    assert "Most confident errors" in page
+    assert (tmp_path / "run" / "confusion.png").stat().st_size > 1000
+    assert "Glyph" not in capsys.readouterr().err
+
+
+def test_model_changes_the_norms_too(tmp_path):
+    from iabn_hub.cli.train import _with_changes  # noqa: PLC0415
+    from iabn_hub.recipes import RecipeError, find_recipe  # noqa: PLC0415
+
+    def recipe(name, *changes):
+        given = dict.fromkeys(("epochs", "batch_size", "accumulation_steps", "amp", "channels_last", "compile", "seed"))
+        return _with_changes(find_recipe("finetune"), {**given, "model": name, "changes": changes})
+
+    plain = recipe(None)
+    assert (plain.model, plain.model_options()) == ("efficientnet_lite0_iabn", {"num_classes": 1000})
+    resnet = recipe("resnet50_iabn")
+    assert (resnet.model, resnet.norm_layer, resnet.network.activation) == ("resnet50_iabn", "iabn", "leaky_relu")
+    assert resnet.input.mean == (0.485, 0.456, 0.406)
+    assert recipe("resnext101_abn").model == "resnext101_abn"
+    assert recipe("resnet50_iabn", "network.activation=elu").network.activation == "elu"
+    with pytest.raises(RecipeError, match="there is only efficientnet_lite0_iabn"):
+        recipe("efficientnet_lite0_abn")

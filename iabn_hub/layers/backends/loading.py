@@ -83,7 +83,7 @@ def use_native(device_type: str) -> Status:
             before the first use.
     """
     if device_type not in _status:
-        if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if device_type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise BuildError(
                 "a CUDA graph cannot hold the loading of the kernels: run the network once before capturing"
             )
