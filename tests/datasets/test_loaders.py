@@ -326,7 +326,7 @@ def test_a_folder_without_splits(tmp_path):
     (tmp_path / "wren" / "00.png").unlink()
     with pytest.raises(DataError, match="wren has fewer than 5 images, so none to validate on"):
         open_split(Location(str(tmp_path)), "val")
-    with pytest.raises(DataError, match=r"expected CLASS/\* in it, or .* \(it holds no folders\)"):
+    with pytest.raises(DataError, match=r"expected CLASS/\* in it, or .* \(Couldn't find any class"):
         open_split(Location(str(tmp_path / "wren")), "train")
     (tmp_path / "one" / "class").mkdir(parents=True)
     with pytest.raises(DataError, match="class is the only class"):
