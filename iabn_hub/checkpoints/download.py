@@ -44,6 +44,10 @@ class _TemporaryError(Exception):
         self.after = after
 
 
+class _StalledError(_TemporaryError):
+    """A call that waits for the server was left behind in its thread."""
+
+
 class _Page(html.parser.HTMLParser):
     """What an HTML answer is: its title, Google Drive's error text, and the form behind 'Download anyway'."""
 
@@ -165,26 +169,37 @@ class _File:
         """Receive what is missing."""
         have = self.part.stat().st_size if self.part.exists() else 0
         version = self._noted_version() if have else ""
-        with self._request(session, have, version) as response:
-            encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
-            start = self._start(response, have, version, encoded)
-            length = None if encoded else _whole_number(response.headers.get("Content-Length", ""))
-            total = None if length is None else start + length
-            if total is not None and (total > self.limit or (self.size and total != self.size)):
-                raise DownloadError(f"the server sends {total:,} bytes, {self._expected()}")
-            bar.reset(total)
-            bar.update(start)
-            if not start:
-                self._note_version(_version(response))
-            try:
-                received = self._receive(response, start, bar, encoded)
-            except BaseException:
-                if encoded:  # no position in it can be asked for
-                    self.forget()
-                raise
+        response = self._request(session, have, version)
+        try:
+            self._answer(response, have, version, bar)
+        except _StalledError:
+            raise  # closing would wait for the read that is still going on
+        except BaseException:
+            response.close()
+            raise
+        response.close()
+        self.note.unlink(missing_ok=True)
+
+    def _answer(self, response: requests.Response, have: int, version: str, bar: tqdm[Any]) -> None:
+        """Write what the server answers behind what is here, or anew."""
+        encoded = response.headers.get("Content-Encoding", "identity").lower() != "identity"
+        start = self._start(response, have, version, encoded)
+        length = None if encoded else _whole_number(response.headers.get("Content-Length", ""))
+        total = None if length is None else start + length
+        if total is not None and (total > self.limit or (self.size and total != self.size)):
+            raise DownloadError(f"the server sends {total:,} bytes, {self._expected()}")
+        bar.reset(total)
+        bar.update(start)
+        if not start:
+            self._note_version(_version(response))
+        try:
+            received = self._receive(response, start, bar, encoded)
+        except BaseException:
+            if encoded:  # no position in it can be asked for
+                self.forget()
+            raise
         if total is not None and received != total:
             raise _TemporaryError(f"the connection ended after {received:,} of {total:,} bytes")
-        self.note.unlink(missing_ok=True)
 
     def _receive(self, response: requests.Response, start: int, bar: tqdm[Any], encoded: bool) -> int:
         """Write the body behind the first `start` bytes; returns the bytes that are there then."""
@@ -322,7 +337,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     """The result of `call`, which a server may hold up by sending a byte now and then.
 
     Raises:
-        _TemporaryError: it takes longer.
+        _StalledError: it takes longer; it goes on in its thread.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -339,5 +354,5 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     if not results:
-        raise _TemporaryError("the server did not answer in time")
+        raise _StalledError("the server did not answer in time")
     return results[0]

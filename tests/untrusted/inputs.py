@@ -93,7 +93,7 @@ def catalogue(content: bytes | str, *command: str) -> Callable[[Path], tuple[lis
     def make(folder: Path) -> tuple[list[str], dict[str, str]]:
         path = folder / "catalogue.json"
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return [*(command or ("list",))], {"IABN_HUB_CATALOGUE": str(path)}
+        return [*(command or ("info", "resnet50_iabn"))], {"IABN_HUB_CATALOGUE": str(path)}
 
     return make
 
@@ -251,7 +251,7 @@ CASES = [
     Case("catalogue", "bytes that are not UTF-8", catalogue(b'{"checkpoints": [\xff]}')),
     Case("catalogue", "an empty file", catalogue("")),
     Case("catalogue", "more than 16 MiB", catalogue(" " * ((16 << 20) + 1))),
-    Case("catalogue", "a folder", lambda folder: (["list"], {"IABN_HUB_CATALOGUE": str(folder)})),
+    Case("catalogue", "a folder", lambda folder: (["info", "resnet50_iabn"], {"IABN_HUB_CATALOGUE": str(folder)})),
     Case("catalogue", "control characters in a name", catalogue(in_record("license", "1", tag="\x1b[8m"))),
     Case("catalogue", "a bidirectional control in a name", catalogue(in_record("license", "1", tag="\u202e"))),
     Case("catalogue", "an unknown architecture", catalogue(in_record("license", '""', model="x"), "fetch", "x.mine")),

@@ -15,11 +15,14 @@ from iabn_hub.files import FOLDER_LOCK, InUseError, exclusive
 
 from .inputs import IMAGE
 
-HOLD = """
-import os, sys, time
+# The module alone: importing the package would import torch.
+HOLD = f"""
+import importlib.util, os, sys, time
 from pathlib import Path
-from iabn_hub.files import exclusive
-with exclusive(Path(sys.argv[1])):
+spec = importlib.util.spec_from_file_location("files", {files.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with module.exclusive(Path(sys.argv[1])):
     if os.fork() == 0:  # as the workers of a loader
         time.sleep(60)
         os._exit(0)
