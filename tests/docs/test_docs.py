@@ -48,7 +48,12 @@ def test_the_site_builds(tmp_path):
         check=False, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "iabn_hub.conversion.convert.convert" in (tmp_path / "site" / "api" / "index.html").read_text()
+    page = {path.parent.name: path.read_text() for path in (tmp_path / "site").glob("*/index.html")}
+    assert "iabn_hub.conversion.convert.convert" in page["api"]
+    assert "write_repository" in page["publishing"]  # of a script that is included
+    assert "random_number" in page["photos"]
+    assert "How to add" in page["contributing"]
+    assert not any("--8" in text for text in page.values())
 
 
 def commands(page):
