@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -47,11 +47,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def picture(image: Image.Image) -> str:
     """An <img> that holds its picture."""
-    return embed(lambda file: image.save(file, "PNG"))
-
-
-def embed(save: Callable[[io.BytesIO], None]) -> str:
-    """An <img> of what `save` writes as PNG."""
     file = io.BytesIO()
-    save(file)
-    return f"<img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}' alt=''>"
+    image.save(file, "PNG")
+    return embed(file.getvalue())
+
+
+def embed(png: bytes) -> str:
+    """An <img> that holds a PNG."""
+    return f"<img src='data:image/png;base64,{base64.b64encode(png).decode()}' alt=''>"

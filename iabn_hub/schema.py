@@ -64,7 +64,7 @@ def read_json(text: str) -> Any:
     """
 
     def refuse(name: str) -> Any:
-        raise ValueError(f"{_shortened(name)} is not a number")
+        raise ValueError(f"{shortened(name)} is not a number")
 
     def real(digits: str) -> float:
         value = float(digits)
@@ -72,7 +72,7 @@ def read_json(text: str) -> Any:
 
     def integer(digits: str) -> int:
         if len(digits) > LONGEST_INTEGER:
-            raise ValueError(f"{_shortened(digits)} is too large a number")
+            raise ValueError(f"{shortened(digits)} is too large a number")
         return int(digits)
 
     try:
@@ -87,14 +87,15 @@ def _check_json(value: Any, depth: int) -> None:
     if depth > DEEPEST:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels")
     if isinstance(value, str) and _UNUSABLE.search(value):
-        raise ValueError(f"the text {_shortened(ascii(value))} has a NUL character or half of a surrogate pair")
+        raise ValueError(f"the text {shortened(ascii(value))} has a NUL character or half of a surrogate pair")
     inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     for each in inner:
         _check_json(each, depth + 1)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
+def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
+    """The text, or its first `longest` characters and '…'."""
+    return text if len(text) <= longest else text[:longest] + "…"
 
 
 def load_json(path: Path, error: Callable[[str], Exception]) -> Any:
@@ -151,7 +152,7 @@ def _sentence(cls: Any, error: ValidationError) -> str:
     if kind == "value_error":  # of a `require`, which names the field itself
         inside = f"{name}." if name else ""
         return inside + message
-    value = _shortened(repr(first["input"]))
+    value = shortened(repr(first["input"]))
     return f"{name or 'the content'} is {value}: {message.replace('Input should be', 'must be')}"
 
 

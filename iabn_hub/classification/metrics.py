@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..datasets.samples import Batch
+from ..recipes.metrics import FEWEST_FOR_TOP5
 from ..world import World
 
 MAX_ERRORS = 50  # most confident errors that each rank keeps
 REPORTED_ERRORS = 12  # of them in the results of a run
-FEWEST_FOR_TOP5 = 6  # classes; among five every answer is right
 MOST_FOR_MATRIX = 40  # classes; a larger confusion matrix cannot be read
 
 

@@ -15,9 +15,10 @@ from ..datasets.loaders import BatchPlan, TrainLoader, val_loader
 from ..datasets.samples import samples_of
 from ..datasets.transforms import train_transform, val_transform
 from ..recipes import Recipe
+from ..recipes.metrics import FEWEST_FOR_TOP5
 from ..world import World
 from .figures import figures
-from .metrics import FEWEST_FOR_TOP5, ClassificationMetrics, ConfidentError, check_labels
+from .metrics import ClassificationMetrics, ConfidentError, check_labels
 
 
 class ClassificationTask:

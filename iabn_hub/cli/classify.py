@@ -11,6 +11,7 @@ import click
 from ..classification.predict import DIGITS, Classifier, Prediction, default_model
 from ..datasets.images import ImageError
 from ..datasets.sources import open_named
+from ..schema import shortened
 from ..world import usable_device
 from .frame import FAILED, OK, complain, complete_names, device_option, json_option, print_json
 
@@ -73,10 +74,7 @@ def command(images: tuple[str, ...], model: str | None, checkpoint: str | None, 
 def _print(image: str, predictions: list[Prediction]) -> None:
     """The predictions of an image with bars, in the width of the terminal."""
     columns = min(shutil.get_terminal_size().columns, WIDEST)
-    labels = [
-        each.label if len(each.label) <= LONGEST_LABEL else each.label[: LONGEST_LABEL - 1] + "…"
-        for each in predictions
-    ]
+    labels = [shortened(each.label, LONGEST_LABEL) for each in predictions]
     width = max(map(len, labels))
     longest = max(columns - width - len("    100.00 %  "), 0)
     print(f"\n{image}")

@@ -20,6 +20,7 @@ from ..checkpoints.catalogue import records
 from ..checkpoints.errors import CatalogueError, CheckpointError, UnknownNameError
 from ..layers.backends.building import BuildError
 from ..recipes import RecipeError
+from ..schema import shortened
 from ..starting import raise_at_interrupt
 from ..terminal import raw, safe_streams
 from ..world import DeviceError
@@ -114,8 +115,7 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, CheckpointError | BuildError | FloatingPointError | ValueError):
         return complain(error, FAILED)
     if isinstance(error, OSError):
-        name = str(error.filename or "output")
-        name = name if len(name) < LONGEST_NAME else name[:LONGEST_NAME] + "…"
+        name = shortened(str(error.filename or "output"), LONGEST_NAME)
         text = f"{name}: {error.strerror}" if error.strerror else str(error)
         return complain(text, FAILED)
     if isinstance(error, KeyboardInterrupt | click.Abort):

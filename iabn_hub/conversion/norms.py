@@ -211,23 +211,23 @@ class Activate(_KeepsInput):
         y: Tensor,
         norm: Normalisation,
         function: Any,
-        overwrite: bool,
         inverted: bool,
     ) -> Tensor:
         z = function(y)
-        if overwrite:
+        overwritten = z is y
+        if overwritten:
             ctx.mark_dirty(y)
         _KeepsInput._save(ctx, x, weight, bias, norm)
         ctx.inverted = inverted
-        ctx.y = None if overwrite else weakref.ref(y)
+        ctx.y = None if overwritten else weakref.ref(y)
         return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         y = None if ctx.y is None else ctx.y()
         if dz is not None and ctx.needs_input_grad[3] and y is not None:
-            return None, None, None, _gradient_of(ctx.norm, y, dz), *(None,) * 4
-        return *_KeepsInput._gradients(ctx, dz), *(None,) * 5
+            return None, None, None, _gradient_of(ctx.norm, y, dz), *(None,) * 3
+        return *_KeepsInput._gradients(ctx, dz), *(None,) * 4
 
 
 def _gradient_of(norm: Normalisation, y: Tensor, dz: Tensor) -> Tensor:

@@ -320,16 +320,7 @@ class Recording(TorchFunctionMode):
         both = norm.followed_by(call.activation)
         source = recipe.sources[0]
         run = functools.partial(_run, function, args[1:])
-        z: Tensor = Activate.apply(
-            given.x,
-            given.weight,
-            given.bias,
-            y,
-            both,
-            run,
-            call.overwrites,
-            inverted,
-        )
+        z: Tensor = Activate.apply(given.x, given.weight, given.bias, y, both, run, inverted)
         self.norms.pop(storage_of(z), None)
         if inverted:
             self._observe("invert", path=given.path)

@@ -15,6 +15,7 @@ from ..checkpoints.catalogue import records, records_at_import, suggest
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.weights import BEST, read_snapshot, user_path
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
+from ..schema import load_json
 from ..terminal import printable
 from . import efficientnet_lite, iabn_deeplab, iabn_densenet, iabn_resnet, iabn_resnext, iabn_wider_resnet
 
@@ -58,18 +59,53 @@ def is_run(name: str) -> bool:
 def _of_run(place: Path, checkpoint: Any, options: dict[str, Any]) -> nn.Module:
     if place.is_dir() and (place / "config.json").is_file():
         return create_model(f"local-dir:{place}", pretrained=True, checkpoint=checkpoint, **options)
-    snapshot = place / "snapshots" / BEST if place.is_dir() else place
-    if not snapshot.is_file():
-        raise CheckpointError(f"{place}: is not the folder of a run: it has neither config.json nor snapshots/{BEST}")
-    config = read_snapshot(snapshot).get("config")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{snapshot}: does not describe its network; create it by name, with checkpoint=PATH")
-    architecture = config.get("architecture")
-    if architecture not in MODELS:
-        raise CheckpointError(f"{snapshot}: its network {architecture!r} is not one of this package")
+    snapshot = best_snapshot(place) if place.is_dir() else place
+    config = snapshot_config(snapshot, read_snapshot(snapshot))
     options = {**config.get("model_args", {}), "num_classes": config.get("num_classes"), **options}
     overlay = {**config.get("pretrained_cfg", {}), **options.pop("pretrained_cfg_overlay", {})}
-    return create_model(str(architecture), checkpoint=checkpoint or snapshot, pretrained_cfg_overlay=overlay, **options)
+    return create_model(
+        config["architecture"], checkpoint=checkpoint or snapshot, pretrained_cfg_overlay=overlay, **options
+    )
+
+
+def best_snapshot(run: Path) -> Path:
+    """The snapshot of the best epoch in the folder of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = run / "snapshots" / BEST
+    if not path.is_file():
+        raise CheckpointError(f"{run}: is not the folder of a run: it has neither config.json nor snapshots/{BEST}")
+    return path
+
+
+def snapshot_config(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the network of a snapshot, as config.json has it.
+
+    Args:
+        path: of the snapshot.
+        state: what `read_snapshot` gave.
+
+    Raises:
+        CheckpointError: it is not known, or of another package's network.
+    """
+    config = state.get("config")
+    beside = path.parent.parent / "config.json"  # of the run, which the first version did not store in its snapshots
+    if config is None and beside.is_file():
+        config = load_json(beside, CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{path}: was written by an earlier version, which did not store the configuration of the network, and "
+            f"there is no {beside}: train on with --resume auto, which writes new snapshots"
+        )
+    architecture = config.get("architecture")
+    if architecture not in MODELS:
+        raise CheckpointError(
+            f"{path}: config.json does not describe a network of this package ({architecture!r} is not a network of "
+            "this package)"
+        )
+    return config
 
 
 def list_models(pretrained: bool = False) -> list[str]:

@@ -16,10 +16,19 @@ from torch import nn
 
 from ..checkpoints.catalogue import Checkpoint, checkpoints_of, find
 from ..checkpoints.errors import CheckpointError, UnknownNameError
-from ..checkpoints.weights import BEST, read_snapshot, read_weights, user_path
+from ..checkpoints.weights import read_snapshot, read_weights, user_path
 from ..layers import ABN, InPlaceABN
 from ..schema import load_json
-from .factory import HUB, MODELS, SEGMENTATION_MODELS, create_model, in_repository, is_run
+from .factory import (
+    HUB,
+    MODELS,
+    SEGMENTATION_MODELS,
+    best_snapshot,
+    create_model,
+    in_repository,
+    is_run,
+    snapshot_config,
+)
 from .state_dict import count_classes
 from .timm_config import EvalConfig
 from .transfer import transfer
@@ -152,10 +161,7 @@ def class_names(record: Checkpoint) -> tuple[str, ...] | None:
 def _from_folder(folder: Path, file: Path | None = None) -> Pretrained:
     """What a folder's config.json describes, with its weights, or those of a file beside it."""
     if not (folder / "config.json").is_file():
-        best = folder / "snapshots" / BEST
-        if best.is_file():
-            return _from_snapshot(best)
-        raise CheckpointError(f"{folder}: is not the folder of a run: it has neither config.json nor snapshots/{BEST}")
+        return _from_snapshot(best_snapshot(folder))
     return replace(_from_timm(f"local-dir:{folder}", file), name=str(file or folder))
 
 
@@ -204,22 +210,11 @@ def _described(name: str, config: Mapping[str, Any], model: nn.Module) -> Pretra
 
 def _from_snapshot(path: Path) -> Pretrained:
     state = read_snapshot(path)
-    config = state.get("config")
-    beside = path.parent.parent / "config.json"  # of the run, which the first version did not store in its snapshots
-    if config is None and beside.is_file():
-        with _described_by(str(path)):
-            config = load_json(beside, CheckpointError)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path}: was written by an earlier version, which did not store the configuration of the network, and "
-            f"there is no {beside}: train on with --resume auto, which writes new snapshots"
-        )
+    config = snapshot_config(path, state)
     with _described_by(str(path)):
         options = {**config.get("model_args", {}), "num_classes": config.get("num_classes")}
-        arch = config.get("architecture")
-        if arch not in MODELS:
-            raise ValueError(f"{arch!r} is not a network of this package")
-        model = create_model(str(arch), pretrained_cfg_overlay=config.get("pretrained_cfg"), **options)
+        overlay = config.get("pretrained_cfg")
+        model = create_model(config["architecture"], pretrained_cfg_overlay=overlay, **options)
         model.load_state_dict(state["ema"] or state["model"])
     return _described(str(path), config, model)
 

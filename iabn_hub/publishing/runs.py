@@ -12,10 +12,8 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.weights import BEST, BEST_WEIGHTS, WEIGHTS, read_snapshot
 from ..models.pretrained import Pretrained
 from ..recipes import Recipe, read_recipe, recipe_from
-from ..recipes.metrics import RunMetrics, read_metrics
+from ..recipes.metrics import FEWEST_FOR_TOP5, RunMetrics, read_metrics
 from .card import CURVES, PICTURES
-
-FEWEST_FOR_TOP5 = 6  # classes; among five every answer is right
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 from ..schema import Integer, load_json, parse, record_class
 from .schema import RecipeError
 
+FEWEST_FOR_TOP5 = 6  # classes; among five every answer is right
+
 
 @record_class
 class RunMetrics:

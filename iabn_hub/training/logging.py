@@ -99,10 +99,12 @@ class RunLogger:
             table.writerows(rows)
             write_atomically(self.out / "metrics.csv", text.getvalue().encode())
 
-    def report(self, title: str, rows: Sequence[Row], facts: Mapping[str, Any], **more: Any) -> None:
+    def report(
+        self, title: str, rows: Sequence[Row], facts: Mapping[str, Any], figures: Mapping[str, bytes], errors: str
+    ) -> None:
         """Write report.html; see `training_report`."""
         if self.first:
-            write_atomically(self.out / "report.html", training_report(title, rows, facts, **more).encode())
+            write_atomically(self.out / "report.html", training_report(title, rows, facts, figures, errors).encode())
 
     def flush(self) -> None:
         """Write TensorBoard's buffered events: a resumed run does not log them again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..pages import page, table
+from ..pages import embed, page, table
 
 CURVES = (  # a report shows those that its run has
     ("loss", ("loss", "val_loss")),
@@ -26,7 +25,7 @@ CURVES = (  # a report shows those that its run has
 )
 HEADINGS = {"curves.png": "", "confusion.png": "<h2>Confusion matrix</h2>"}
 SPIKE = 10  # times the median; a loss that exceeds it is shown on a logarithmic scale
-LETTERS_DRAWN = 0x530  # Latin, Greek and Cyrillic
+LETTERS_SHOWN = 0x530  # Latin, Greek and Cyrillic
 MOST_WITH_COUNTS = 20  # classes of a matrix whose cells show their counts
 LEFT_OUT = ("step", "waited", "peak_memory")  # of the table; metrics.csv has them
 
@@ -35,28 +34,22 @@ def training_report(
     title: str,
     rows: Sequence[Mapping[str, float]],
     facts: Mapping[str, Any],
-    details: Mapping[str, Any] | None = None,
-    classes: Sequence[str] | None = None,
-    errors: str = "",
+    figures: Mapping[str, bytes],
+    errors: str,
 ) -> str:
     """The page of a run.
 
     Args:
         rows: the epochs.
         facts: settings and results, by name.
-        details: of the metrics of the last epoch; a `confusion` matrix is drawn.
-        classes: their names.
+        figures: of `report_figures`.
         errors: HTML of the worst errors.
     """
     columns = [name for name in rows[-1] if name not in LEFT_OUT] if rows else []
-    figures = report_figures(rows, details, classes)
     return page(
         title,
         table(("", ""), facts.items()),
-        *(
-            f"{HEADINGS[name]}<img src='data:image/png;base64,{base64.b64encode(png).decode()}' alt=''>"
-            for name, png in figures.items()
-        ),
+        *(HEADINGS[name] + embed(png) for name, png in figures.items()),
         errors,
         "<h2>The last epochs</h2>",
         table([name.replace("_", " ") for name in columns], ([row[key] for key in columns] for row in rows[-20:])),
@@ -64,11 +57,11 @@ def training_report(
 
 
 def report_figures(
-    rows: Sequence[Mapping[str, float]], details: Mapping[str, Any] | None, classes: Sequence[str] | None
+    rows: Sequence[Mapping[str, float]], details: Mapping[str, Any], classes: Sequence[str] | None
 ) -> dict[str, bytes]:
     """The pictures of a report as PNG: curves.png, and confusion.png where the metrics have a confusion matrix."""
     figures = {"curves.png": _curves(rows)}
-    confusion = (details or {}).get("confusion")
+    confusion = details.get("confusion")
     if confusion:
         figures["confusion.png"] = _matrix(confusion, classes)
     return {name: _png(figure) for name, figure in figures.items()}
@@ -109,7 +102,7 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], keys: Sequence[str])
 
 def _label(name: str, index: int) -> str:
     """The name of a class, or its number where the font of the pictures lacks its letters."""
-    return name[:24] if all(ord(letter) < LETTERS_DRAWN for letter in name) else f"class {index}"
+    return name[:24] if all(ord(letter) < LETTERS_SHOWN for letter in name) else f"class {index}"
 
 
 def _matrix(counts: Sequence[Sequence[int]], classes: Sequence[str] | None) -> Figure:

@@ -68,12 +68,10 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
         "time": f"{seconds / 60:.1f} minutes", "peak memory": f"{log.peak_memory() / 1e6:,.0f} MB",
         "weights": f"{weights.stat().st_size / 1e6:,.1f} MB",
     }  # fmt: skip
-    for name, png in report_figures(trainer.rows, result, run.task.classes).items():
+    figures = report_figures(trainer.rows, result, run.task.classes)
+    for name, png in figures.items():
         write_atomically(out / name, png)
-    log.report(
-        run.recipe.model, trainer.rows, facts, details=result, classes=run.task.classes,
-        errors=run.task.error_pictures(result),
-    )  # fmt: skip
+    log.report(run.recipe.model, trainer.rows, facts, figures, run.task.error_pictures(result))
     # The last: with it, the run is complete.
     write_atomically(out / "metrics.json", (json.dumps(to_dict(metrics), indent=1) + "\n").encode())
     if skipped:
