@@ -53,7 +53,13 @@ class Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"{__package__}.{name}").command
+        try:
+            command: click.Command = importlib.import_module(f"{__package__}.{name}").command
+        except ModuleNotFoundError as e:
+            package = (e.name or "").partition(".")[0]
+            if package in ("", __name__.partition(".")[0]):
+                raise
+            return _without_package(name, package)
         return command
 
     def resolve_command(
@@ -61,6 +67,17 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(context, arguments)
         return name, command, rest if command is None else _with_new_names(command, rest)
+
+
+def _without_package(name: str, package: str) -> click.Command:
+    """What stands for a command whose optional package is not installed: --help lists it, and using it says why."""
+    reason = f"needs the package {package}: pip install 'iabn-hub[train]'"
+
+    def refuse() -> None:
+        raise click.UsageError(f"this command {reason}", click.get_current_context())
+
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, anything, refuse, help=f"Not available: {reason}")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,27 @@ def test_validation_prepares_images_as_classification_does(run, tmp_path):
     for image, name in zip(ours, ("camera", "cat", "coffee")):
         theirs = classifier.transform(open_rgb(PHOTOS[1] / f"{name}.jpg"))
         assert (image - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (
+            ["train", "finetune", "photos", "--epochs", "3"],
+            2,
+            "needs the package tensorboard: pip install 'iabn-hub[train]'",
+        ),
+        (["--help"], 0, "train      Not available: needs the package tensorboard"),
+    ],
+)
+def test_without_an_optional_package(arguments, code, says):
+    program = (
+        "import sys; sys.modules['tensorboard'] = None; from iabn_hub.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert says in (done.stderr if code else done.stdout)
 
 
 def test_images_from_stdin_and_urls(run, monkeypatch, httpserver):
