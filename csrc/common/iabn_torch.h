@@ -31,6 +31,48 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
+// A new tensor on the device of `like`. torch::stable::new_empty and empty_like take twice as long: they go through the
+// dispatcher.
+Tensor new_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  int32_t device = 0, number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, number, device, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+Tensor new_vector(const Tensor& like, int64_t n, ScalarType dtype) {
+  int64_t stride = 1;
+  return new_strided(like, 1, &n, &stride, dtype);
+}
+
+// Whether the elements are in memory one behind the other, in the order of the dimensions or with the channels last.
+bool is_dense(const Tensor& t) {
+  auto sizes = t.sizes(), strides = t.strides();
+  int64_t dims = t.dim();
+  for (bool channels_last : {false, true}) {
+    int64_t expected = 1;
+    bool dense = true;
+    auto follows = [&](int64_t d) {
+      dense = dense && (sizes[d] == 1 || strides[d] == expected);
+      expected *= sizes[d];
+    };
+    if (channels_last) follows(1);
+    for (int64_t d = dims - 1; d >= 0; --d) {
+      if (!channels_last || d != 1) follows(d);
+    }
+    if (dense) return true;
+  }
+  return false;
+}
+
+// A new tensor with the dtype, the sizes and the order of the dimensions of `like`.
+Tensor new_like(const Tensor& like) {
+  if (!is_dense(like)) return torch::stable::empty_like(like);
+  return new_strided(like, like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type());
+}
+
 ActivationOptions activation_options(int64_t activation, double param, Dtype stored) {
   double epsilon = stored == Dtype::f64    ? 0x1p-52
                    : stored == Dtype::f32  ? 0x1p-23

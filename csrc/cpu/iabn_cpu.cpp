@@ -48,8 +48,8 @@ auto with_accumulator(const Tensor& t, F&& f) {
 
 // A large new tensor is touched for the first time by the kernel that fills it; with huge pages that costs a few
 // page faults instead of one per 4 KiB.
-Tensor new_like(const Tensor& t) {
-  Tensor out = torch::stable::empty_like(t);
+Tensor new_output(const Tensor& t) {
+  Tensor out = new_like(t);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
   uintptr_t begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHuge - 1) / kHuge * kHuge;
@@ -151,7 +151,7 @@ void normalize_into(const Tensor& y, const Tensor& x, const Tensor& mean, const 
 
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const Optional& weight, const Optional& bias,
                  const Optional& residual, double eps, int64_t activation, double param, bool signed_scale) {
-  Tensor y = new_like(x);
+  Tensor y = new_output(x);
   normalize_into(y, x, mean, var, weight, bias, residual, eps, activation, param, signed_scale);
   return y;
 }
@@ -161,13 +161,51 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
   normalize_into(x, x, mean, var, weight, bias, residual, eps, activation, param, signed_scale);
 }
 
+// running += momentum·(batch − running)
+void update(const Tensor& running, const std::vector<double>& batch, double momentum) {
+  std::vector<double> values = to_doubles(running, batch.size(), 0);
+  for (size_t c = 0; c < batch.size(); ++c) values[c] = values[c] * (1 - momentum) + batch[c] * momentum;
+  from_doubles(running, values);
+}
+
+void update_statistics_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                        double momentum, double correction) {
+  int64_t n = mean.size(0);
+  std::vector<double> unbiased = to_doubles(var, n, 0);
+  for (double& v : unbiased) v *= correction;
+  update(running_mean, to_doubles(mean, n, 0), momentum);
+  update(running_var, unbiased, momentum);
+}
+
+// What a training step overwrites beside its result.
+struct Running {
+  const Optional &mean, &var, &num_batches;
+  double momentum;
+
+  void track(const std::vector<Moments<double>>& moments) const {
+    if (num_batches) *static_cast<int64_t*>(num_batches->data_ptr()) += 1;
+    if (!mean || !var || moments.empty() || moments[0].count == 0) return;
+    std::vector<double> means, unbiased;
+    for (const Moments<double>& m : moments) {
+      means.push_back(m.mean);
+      unbiased.push_back(m.m2 / std::max(1.0, m.count - 1));
+    }
+    update(*mean, means, momentum);
+    update(*var, unbiased, momentum);
+  }
+};
+
 // Statistics and normalisation of a training step: a channel is normalised while it is in the cache of the thread
 // that has just read it.
 std::tuple<Tensor, Tensor> batch_normalize_into(const Tensor& y, const Tensor& x, const Optional& weight,
                                                 const Optional& bias, const Optional& residual, double eps,
-                                                int64_t activation, double param, bool signed_scale) {
+                                                int64_t activation, double param, bool signed_scale,
+                                                const Running& running) {
   std::vector<Moments<double>> moments(x.size(1));
-  if (x.numel() == 0) return to_tensors(x, moments);
+  if (x.numel() == 0) {
+    running.track(moments);
+    return to_tensors(x, moments);
+  }
   Walk w = plan({&x, residual ? &*residual : nullptr, &y});
   const Shape& s = w.shape;
   const Kernels& k = kernels_for(dtype_of(x));
@@ -197,33 +235,27 @@ std::tuple<Tensor, Tensor> batch_normalize_into(const Tensor& y, const Tensor& x
       });
     }
   });
+  running.track(moments);
   return to_tensors(x, moments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_normalize(const Tensor& x, const Optional& weight, const Optional& bias,
                                                    const Optional& residual, double eps, int64_t activation,
-                                                   double param, bool signed_scale) {
-  Tensor y = new_like(x);
-  auto [mean, var] = batch_normalize_into(y, x, weight, bias, residual, eps, activation, param, signed_scale);
+                                                   double param, bool signed_scale, const Optional& running_mean,
+                                                   const Optional& running_var, const Optional& num_batches,
+                                                   double momentum) {
+  Tensor y = new_output(x);
+  auto [mean, var] = batch_normalize_into(y, x, weight, bias, residual, eps, activation, param, signed_scale,
+                                          {running_mean, running_var, num_batches, momentum});
   return {y, mean, var};
 }
 
 std::tuple<Tensor, Tensor> batch_normalize_(const Tensor& x, const Optional& weight, const Optional& bias,
                                             const Optional& residual, double eps, int64_t activation, double param,
-                                            bool signed_scale) {
-  return batch_normalize_into(x, x, weight, bias, residual, eps, activation, param, signed_scale);
-}
-
-void update_statistics_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
-                        double momentum, double correction) {
-  int64_t n = mean.size(0);
-  auto update = [&](const Tensor& running, const Tensor& batch, double share) {
-    std::vector<double> before = to_doubles(running, n, 0), here = to_doubles(batch, n, 0);
-    for (int64_t c = 0; c < n; ++c) before[c] = before[c] * (1 - momentum) + here[c] * share;
-    from_doubles(running, before);
-  };
-  update(running_mean, mean, momentum);
-  update(running_var, var, momentum * correction);
+                                            bool signed_scale, const Optional& running_mean,
+                                            const Optional& running_var, const Optional& num_batches, double momentum) {
+  return batch_normalize_into(x, x, weight, bias, residual, eps, activation, param, signed_scale,
+                              {running_mean, running_var, num_batches, momentum});
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
@@ -307,8 +339,8 @@ std::tuple<Tensor, Tensor> input_gradient(const Tensor& y, const Tensor& dy, con
                                           const Optional& mean_dz_xhat, bool want_dz, const Optional& weight,
                                           const Optional& bias, const Optional& residual, double eps,
                                           int64_t activation, double param, bool signed_scale) {
-  Tensor dx = new_like(y);
-  Tensor dz = want_dz ? new_like(y) : torch::stable::new_empty(y, {0});
+  Tensor dx = new_output(y);
+  Tensor dz = want_dz ? new_output(y) : new_vector(y, 0, y.scalar_type());
   if (y.numel() == 0) return {dx, dz};
   Walk w = plan({&y, &dy, residual ? &*residual : nullptr, &dx, want_dz ? &dz : nullptr});
   ActivationOptions a = activation_options(activation, param, dtype_of(y));
@@ -362,8 +394,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const
                                                           bool want_dz, const Optional& weight, const Optional& bias,
                                                           const Optional& residual, double eps, int64_t activation,
                                                           double param, bool signed_scale) {
-  Tensor dx = new_like(y);
-  Tensor dz = want_dz ? new_like(y) : torch::stable::new_empty(y, {0});
+  Tensor dx = new_output(y);
+  Tensor dz = want_dz ? new_output(y) : new_vector(y, 0, y.scalar_type());
   Sums sums(y.size(1));
   if (y.numel() > 0) {
     Walk w = plan({&y, &dy, residual ? &*residual : nullptr, &dx, want_dz ? &dz : nullptr});
@@ -379,13 +411,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const
                         [&](int64_t c) { v.set_backward(affine, c, sums.dz[c] / count, sums.dz_xhat[c] / count); });
     });
   }
-  return {dx, dz, per_channel(y, sums.dz), per_channel(y, sums.dz_xhat)};
+  if (!signed_scale) {
+    std::vector<double> weights = to_doubles(weight, y.size(1), 0);
+    for (size_t c = 0; c < weights.size(); ++c) {
+      if (weights[c] < 0) sums.dz_xhat[c] = -sums.dz_xhat[c];
+    }
+  }
+  return {dx, dz, per_channel(weight ? *weight : y, sums.dz_xhat, bool(weight)),
+          per_channel(bias ? *bias : y, sums.dz, bool(bias))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradient_from_input(const Tensor& x, const Tensor& dy, const Tensor& mean,
                                                        const Tensor& var, const Optional& weight, const Optional& bias,
                                                        double eps, int64_t activation, double param, bool centred) {
-  Tensor dx = new_like(x);
+  Tensor dx = new_output(x);
   Sums sums(x.size(1));
   if (x.numel() > 0) {
     Walk w = plan({&x, &dy, nullptr, &dx, nullptr});

@@ -39,15 +39,13 @@ void from_doubles(const Tensor& v, const std::vector<double>& values) {
   }
 }
 
-Tensor per_channel(const Tensor& like, const std::vector<double>& values) {
-  bool wide = dtype_of(like) == Dtype::f64;
-  int64_t n = values.size();
-  Tensor out = torch::stable::new_empty(like, {n}, wide ? ScalarType::Double : ScalarType::Float);
-  void* p = out.data_ptr();
-  for (int64_t i = 0; i < n; ++i) {
-    if (wide) static_cast<double*>(p)[i] = values[i];
-    else static_cast<float*>(p)[i] = float(values[i]);
-  }
+// A new vector in the dtype that is accumulated in for `like`, or in that of `like` itself.
+Tensor per_channel(const Tensor& like, const std::vector<double>& values, bool same_dtype = false) {
+  ScalarType dtype = same_dtype                     ? like.scalar_type()
+                     : dtype_of(like) == Dtype::f64 ? ScalarType::Double
+                                                    : ScalarType::Float;
+  Tensor out = new_vector(like, values.size(), dtype);
+  from_doubles(out, values);
   return out;
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +82,39 @@ def measure_layer(options: LayerOptions, report: Callable[[str], None]) -> dict[
             ]
         )
     )
+    host = measure_host(options.device)
+    report(
+        f"\na call on a tensor of {host['shape']}, forward + backward: {host['layer_us']:.0f} µs, "
+        f"{BASELINE} {host['baseline_us']:.0f} µs: {host['ratio']:.2f} × as long"
+    )
     machine = describe_machine(options.device)
-    return {"backend": status.backend, "machine": machine, "cases": cases, "summary": summary}
+    return {"backend": status.backend, "machine": machine, "cases": cases, "summary": summary, "host": host}
+
+
+def measure_host(device: str, rounds: int = 30, calls: int = 100) -> dict[str, Any]:
+    """What a call costs beside its computation: microseconds of a forward and a backward pass on a tiny tensor.
+
+    On CUDA it is the time until all kernels are queued. Of the rounds the medians, and the median of their ratios.
+    """
+    shape = (2, 8, 4, 4)
+    x, dy, leaf = (torch.randn(shape, device=device), torch.randn(shape, device=device), torch.zeros(1, device=device))
+    leaf.requires_grad_()
+
+    def microseconds(layer: nn.Module) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            layer(x + leaf).backward(dy)
+        return (time.perf_counter() - started) / calls * 1e6
+
+    layers = InPlaceABN(shape[1]).to(device), _standard(shape[1], device)
+    for layer in layers:
+        microseconds(layer)
+    times = [[microseconds(layer) for layer in layers] for _ in range(rounds)]
+    ours, standard = (statistics.median(each) for each in zip(*times))
+    ratio = statistics.median(a / b for a, b in times)
+    return {"shape": shape, "layer_us": ours, "baseline_us": standard, "ratio": ratio}
 
 
 def _shapes(options: LayerOptions) -> list[tuple[int, ...]]:
@@ -169,23 +201,23 @@ class LayerCase:
 
 def _contenders(channels: int, device: str, with_compile: bool) -> dict[str, tuple[nn.Module, Any]]:
     """By name: a layer, and the context to run it in."""
-
-    def standard() -> nn.Module:
-        return nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU(0.01, inplace=True)).to(device)
-
     found: dict[str, tuple[Any, Any]] = {
-        BASELINE: (standard(), contextlib.nullcontext),
+        BASELINE: (_standard(channels, device), contextlib.nullcontext),
         "iABN": (InPlaceABN(channels).to(device), contextlib.nullcontext),
         "iABN (reference)": (InPlaceABN(channels).to(device), lambda: use_backend("reference")),
     }
     if with_compile:
-        found[f"{BASELINE}, compiled"] = (torch.compile(standard()), contextlib.nullcontext)
+        found[f"{BASELINE}, compiled"] = (torch.compile(_standard(channels, device)), contextlib.nullcontext)
         found["iABN, compiled"] = (torch.compile(InPlaceABN(channels).to(device)), contextlib.nullcontext)
     with contextlib.suppress(ImportError):
         import inplace_abn  # noqa: PLC0415  (few have it)
 
         found["inplace_abn"] = (inplace_abn.InPlaceABN(channels).to(device), contextlib.nullcontext)
     return found
+
+
+def _standard(channels: int, device: str) -> nn.Module:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU(0.01, inplace=True)).to(device)
 
 
 def _contender_table(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers.activations import ELU, HARDSWISH, IDENTITY, LEAKY_RELU, RELU6, SILU, invert
-from ..layers.autograd import kernels
-from ..layers.functional import track_statistics
+from ..layers.autograd import Running, kernels
 from ..layers.group_norm import over_samples
 
 # What F.* makes of one tensor, for second derivatives.
@@ -20,6 +19,9 @@ _FUNCTIONS: dict[int, Any] = {
     IDENTITY: lambda z, _: z, LEAKY_RELU: F.leaky_relu, ELU: F.elu, SILU: lambda z, _: F.silu(z),
     HARDSWISH: lambda z, _: F.hardswish(z), RELU6: lambda z, _: F.relu6(z),
 }  # fmt: skip
+
+
+NOT_TRACKED: Running = (None, None, None, 0.0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,28 +62,28 @@ class Normalisation:
 
         return self._over(run, [x, residual], [self.weight, self.bias, self.mean, self.var])[0][0]
 
-    def measure(self, x: Tensor) -> Tensor:
-        """The result for the statistics of x, which are remembered."""
+    def measure(self, x: Tensor, running: Running = NOT_TRACKED) -> Tensor:
+        """The result for the statistics of x, which are remembered, and overwrite those that are given in `running`."""
 
         def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
-            y, *found = kernels(x).batch_normalize(*tensors, *vectors, None, self.eps, IDENTITY, 0.0, True)
+            y, *found = kernels(x).batch_normalize(*tensors, *vectors, None, self.eps, IDENTITY, 0.0, True, *running)
             return [y], found
 
         (y,), (self.mean, self.var) = self._over(run, [x], [self.weight, self.bias])
         return y
 
     def gradients(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dx (N, C, *) and the gradients of weight and bias, (C,) in the accumulate dtype."""
+        """dx (N, C, *) and the gradients of weight and bias, (C,), of any floating dtype."""
 
         def run(tensors: Any, vectors: Any) -> tuple[list[Tensor], list[Tensor]]:
             (t, dt), (weight, bias, mean, var) = tensors, vectors
             dx, *sums = kernels(x).gradient_from_input(
                 t, dt, mean, var, weight, bias, self.eps, *self.activation, self.centred
             )
-            return [dx], sums
+            return [dx], sums[::-1]
 
-        (dx,), sums = self._over(run, [x, dy], [self.weight, self.bias, self.mean, self.var])
-        return dx, *self._of_channels(x, *sums)
+        (dx,), found = self._over(run, [x, dy], [self.weight, self.bias, self.mean, self.var])
+        return dx, *self._of_channels(x, *found)
 
     def gradients_from_output(self, z: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same from the result z (N, C, *), whose activation has an inverse."""
@@ -90,14 +92,14 @@ class Normalisation:
             (t, dt), (weight, bias, var) = tensors, vectors
             recover = (weight, bias, None, self.eps, *self.activation, True)
             if self.centred:
-                dx, _, *sums = kernels(z).batch_gradient(t, dt, var, False, *recover)
+                dx, _, *found = kernels(z).batch_gradient(t, dt, var, False, *recover)
             else:
-                sums = kernels(z).gradient_sums(t, dt, *recover)
+                found = list(kernels(z).gradient_sums(t, dt, *recover))[::-1]
                 dx, _ = kernels(z).input_gradient(t, dt, var, None, None, False, *recover)
-            return [dx], list(sums)
+            return [dx], found
 
-        (dx,), sums = self._over(run, [z, dz], [self.weight, self.bias, self.var])
-        return dx, *self._of_channels(z, *sums)
+        (dx,), found = self._over(run, [z, dz], [self.weight, self.bias, self.var])
+        return dx, *self._of_channels(z, *found)
 
     def input_of(self, z: Tensor) -> Tensor:
         """x (N, C, *), recovered from the result z."""
@@ -115,9 +117,10 @@ class Normalisation:
         results: tuple[list[Tensor], list[Tensor]] = function(tensors, vectors)
         return results
 
-    def _of_channels(self, x: Tensor, sum_dz: Tensor, sum_dz_xhat: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of weight and bias from sums by channel, or by channel of each sample."""
-        d_weight, d_bias = (v.view(-1, x.size(1)).sum(0) if self.per_sample else v for v in (sum_dz_xhat, sum_dz))
+    def _of_channels(self, x: Tensor, d_weight: Tensor, d_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of weight and bias from those by channel, or by channel of each sample."""
+        if self.per_sample:
+            d_weight, d_bias = (v.view(-1, x.size(1)).sum(0) for v in (d_weight, d_bias))
         return d_weight, d_bias
 
     def differentiable(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -181,18 +184,19 @@ class Normalise(_KeepsInput):
         eps: float,
         per_sample: bool,
         found: list[Normalisation],
+        running: Running,
     ) -> Tensor:
         affine = [None if v is None else v.detach().clone() for v in (weight, bias)]
         mean, var = given or (None, None)
         norm = Normalisation(affine[0], affine[1], mean, var, eps, given is None, per_sample)
-        y = norm(x) if given else norm.measure(x)
+        y = norm(x) if given else norm.measure(x, running)
         found.append(norm)
         _KeepsInput._save(ctx, x, weight, bias, norm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_KeepsInput._gradients(ctx, dy), *(None,) * 4
+        return *_KeepsInput._gradients(ctx, dy), *(None,) * 5
 
 
 class Activate(_KeepsInput):
@@ -253,14 +257,13 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Normalisation]:
     """`torch.nn.functional.batch_norm`, and how to compute its result again from x."""
-    given = None
+    given, running = None, (running_mean, running_var, None, momentum)
     if not training and running_mean is not None and running_var is not None:
         given = (running_mean.clone(), running_var.clone())
     found: list[Normalisation] = []
-    y: Tensor = Normalise.apply(x, weight, bias, given, eps, False, found)
-    if training and running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            track_statistics(running_mean, running_var, found[0].mean, found[0].var, x.numel() // x.size(1), momentum)
+    y: Tensor = Normalise.apply(x, weight, bias, given, eps, False, found, running)
+    if given is None:
+        torch.autograd.graph.increment_version([v for v in running[:2] if v is not None])
     return y, found[0]
 
 
@@ -269,7 +272,7 @@ def instance_norm(
 ) -> tuple[Tensor, Normalisation]:
     """`torch.nn.functional.instance_norm` without running statistics, and how to compute its result again from x."""
     found: list[Normalisation] = []
-    y: Tensor = Normalise.apply(x, weight, bias, None, eps, True, found)
+    y: Tensor = Normalise.apply(x, weight, bias, None, eps, True, found, NOT_TRACKED)
     return y, found[0]
 
 

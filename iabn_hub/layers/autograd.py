@@ -23,11 +23,11 @@ Options = tuple[float, int, float, bool]  # eps, activation, its parameter, sign
 
 def kernels(x: Tensor) -> Any:
     """The operators for the device of x; while a compiler is tracing, the formulas behind them, so that it can fuse."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or chosen_backend() == "reference":
         return reference
-    if chosen_backend() == "reference":
-        return reference
-    if use_native(x.device.type).backend == "inductor":
+    # The name of a device is a new string each time, which takes as long as the rest of this function.
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+    if use_native(device).backend == "inductor":
         from .backends import inductor  # noqa: PLC0415  (it loads torch's compiler)
 
         return inductor
@@ -52,15 +52,24 @@ def normalize(
     return y
 
 
+Running = tuple[Tensor | None, Tensor | None, Tensor | None, float]  # mean, variance, number of batches; momentum
+
+
 def batch_normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options, inplace: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and variance of the batch; y is x itself, overwritten, if `inplace`."""
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    inplace: bool,
+    running: Running,
+) -> tuple[Tensor, Tensor]:
+    """y and the variance of the batch; y is x itself, overwritten, if `inplace`. Renews what `running` has."""
     if inplace:
-        mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options)
-        return x, mean, var
-    result: tuple[Tensor, Tensor, Tensor] = kernels(x).batch_normalize(x, weight, bias, residual, *options)
-    return result
+        _, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options, *running)
+        return x, var
+    y, _, var = kernels(x).batch_normalize(x, weight, bias, residual, *options, *running)
+    return y, var
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,14 +92,16 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "the output of an InPlaceABN, which its backward pass needs, was overwritten: use inplace=False in "
                 "what follows the layer, such as ReLU(inplace=True); its own activation replaces a ReLU behind it"
             ) from e
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *gradients)
+        with torch.no_grad():  # a compiler traces the backward pass with the forward pass
             return backward(ctx, saved, *gradients)
 
     return call
 
 
 class BatchNormalize(torch.autograd.Function):
-    """A training step of one process: from x to y and its statistics, whose part in the gradient is in that of x."""
+    """A training step of one process: from x to y, with statistics whose part in the gradient is in that of x."""
 
     @staticmethod
     def forward(
@@ -101,54 +112,44 @@ class BatchNormalize(torch.autograd.Function):
         residual: Tensor | None,
         options: Options,
         inplace: bool,
-        found: list[Tensor],
+        running: Running,
     ) -> Tensor:
-        y, mean, var = batch_normalize(x, weight, bias, residual, options, inplace)
+        y, var = batch_normalize(x, weight, bias, residual, options, inplace, running)
         if inplace:
             ctx.mark_dirty(x)
-        found.extend((mean, var))
         ctx.save_for_backward(y, weight, bias, residual, var)
         ctx.options = options
-        _, ctx.activation, ctx.param, ctx.signed_scale = options
         return y
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, residual, var = saved
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
-        recover = (weight, bias, residual, *ctx.options)
-        want_dz = want_residual and ctx.activation != IDENTITY
-        dx = dz = None
-        d_affine: tuple[Tensor | None, Tensor | None] = (None, None)
+        options = ctx.options
+        needed = want_x, want_weight, want_bias, want_residual, *_ = ctx.needs_input_grad
+        want_dz = want_residual and options[1] != IDENTITY
+        dx = dz = d_weight = d_bias = None
         if want_x:
-            dx, dz, *sums = kernels(y).batch_gradient(y, dy, var, want_dz, *recover)
-            d_affine = _affine_gradients(ctx, weight, bias, *sums)
+            dx, dz, d_weight, d_bias = kernels(y).batch_gradient(y, dy, var, want_dz, weight, bias, residual, *options)
         else:  # a frozen producer
             if want_weight or want_bias:
-                d_affine = _affine_gradients(ctx, weight, bias, *kernels(y).gradient_sums(y, dy, *recover))
+                sum_dz, sum_dz_xhat = kernels(y).gradient_sums(y, dy, weight, bias, residual, *options)
+                d_weight, d_bias = reference.affine_gradients(sum_dz, sum_dz_xhat, weight, bias, options[3])
             if want_dz:
-                dz = gradient(y, dy, ctx.activation, ctx.param)
-        return dx, *d_affine, _residual_gradient(ctx, dy, dz), *(None,) * 3
+                dz = gradient(y, dy, *options[1:3])
+        return (
+            dx,
+            d_weight if want_weight else None,
+            d_bias if want_bias else None,
+            _residual_gradient(needed, options, dy, dz),
+            None, None, None,
+        )  # fmt: skip
 
 
-def _affine_gradients(
-    ctx: Any, weight: Tensor | None, bias: Tensor | None, sum_dz: Tensor, sum_dz_xhat: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    d_weight = d_bias = None
-    if weight is not None and ctx.needs_input_grad[1]:
-        # dγ/dw is sign(w) with sign(0) = +1, or 1 for the signed scale.
-        d_weight = sum_dz_xhat if ctx.signed_scale else torch.where(weight < 0, -sum_dz_xhat, sum_dz_xhat)
-        d_weight = d_weight.to(weight.dtype)
-    if bias is not None and ctx.needs_input_grad[2]:
-        d_bias = sum_dz.to(bias.dtype)
-    return d_weight, d_bias
-
-
-def _residual_gradient(ctx: Any, dy: Tensor, dz: Tensor | None) -> Tensor | None:
-    if not ctx.needs_input_grad[3]:
+def _residual_gradient(needed: tuple[bool, ...], options: Options, dy: Tensor, dz: Tensor | None) -> Tensor | None:
+    if not needed[3]:
         return None
-    return dy if ctx.activation == IDENTITY else dz
+    return dy if options[1] == IDENTITY else dz
 
 
 class Normalize(torch.autograd.Function):
@@ -183,31 +184,37 @@ class Normalize(torch.autograd.Function):
             keep, kept, None if keep is None else mean,
         )  # fmt: skip
         ctx.count, ctx.options, ctx.peers = (None if isinstance(count, Tensor) else count), options, peers
-        ctx.eps, ctx.activation, ctx.param, ctx.signed_scale = options
         return y
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, residual, var, count, keep, x, mean = saved
-        kept = None if keep is None else KeptInput(keep, x, mean, var, ctx.eps)
+        eps, activation, param, signed_scale = ctx.options
+        act = (activation, param)
+        kept = None if keep is None else KeptInput(keep, x, mean, var, eps)
         count = ctx.count if count is None else count
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
         recover = (weight, bias, residual, *ctx.options)
-        act = (ctx.activation, ctx.param)
         d_weight = d_bias = dx = dz = means = None
         if want_weight or want_bias or (want_x and count is not None):
             sums = kernels(y).gradient_sums(y, dy, *recover)
             if kept is not None:
                 kept.correct_sums(y, dy, *act, sums[1])
-            d_weight, d_bias = _affine_gradients(ctx, weight, bias, *sums)
+            d_weight, d_bias = reference.affine_gradients(sums[0], sums[1], weight, bias, signed_scale)
             if want_x and count is not None:
                 sums = ctx.peers.add(*sums) if ctx.peers.count > 1 else sums
                 means = (sums[0] / count, sums[1] / count)
         if want_x or want_residual:
-            want_dz = want_residual and ctx.activation != IDENTITY
+            want_dz = want_residual and act[0] != IDENTITY
             dx, dz = kernels(y).input_gradient(y, dy, var, *(means or (None, None)), want_dz, *recover)
             if kept is not None and means is not None and want_x:
-                scale = None if weight is None else reference.effective_scale(weight, ctx.eps, ctx.signed_scale)
+                scale = None if weight is None else reference.effective_scale(weight, eps, signed_scale)
                 kept.correct_gradient(y, dy, *act, means, scale, dx)
-        return dx, d_weight, d_bias, _residual_gradient(ctx, dy, dz), *(None,) * 7
+        return (
+            dx,
+            d_weight if want_weight else None,
+            d_bias if want_bias else None,
+            _residual_gradient(ctx.needs_input_grad, ctx.options, dy, dz),
+            *(None,) * 7,
+        )

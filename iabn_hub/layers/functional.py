@@ -6,6 +6,7 @@ CVPR 2018; the backward pass is the paper's "InPlace-ABN II" (section 3), which 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def inplace_abn(
         >>> y is x, y.mean((0, 2, 3)).abs().max().item() < 1e-5
         (True, True)
     """
-    return _forward(
+    return forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
         residual, inplace, signed_scale, keep_input, distributed.ALONE,
     )  # fmt: skip
@@ -109,13 +110,13 @@ def inplace_abn_sync(
         group: a `torch.distributed` group, or None for the default one. The other arguments are those
             of `inplace_abn`.
     """
-    return _forward(
+    return forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, activation_param,
         residual, inplace, signed_scale, keep_input, distributed.Peers.of(group) if training else distributed.ALONE,
     )  # fmt: skip
 
 
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -131,65 +132,108 @@ def _forward(
     signed_scale: bool,
     keep_input: bool | Tensor,
     peers: distributed.Peers,
+    num_batches: Tensor | None = None,
 ) -> Tensor:
-    given = [t for t in (x, weight, bias, residual) if t is not None]
-    with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    act = activation_number(activation, activation_param, invertible=with_gradient)
-    _check(x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    if not training and (running_mean is None or running_var is None):
-        raise ValueError("eval mode needs running_mean and running_var; pass training=True to use the batch instead")
-    if needs_standard_operators(given):
+    """`inplace_abn` among `peers`; counts the batch in `num_batches` (), int64, in training."""
+    with_gradient = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    act = _activation_number(activation, activation_param, with_gradient)
+    _check(x, weight, bias, running_mean, running_var, residual)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "eval mode needs running_mean and running_var; pass training=True to use the batch instead"
+            )
+        num_batches = None
+    if needs_standard_operators(x, weight, bias, residual):
         if training and peers.count > 1:
             raise RuntimeError("a synchronised layer in training cannot be traced or transformed: use eval mode")
         scale = None if weight is None else reference.effective_scale(weight, eps, signed_scale)
-        return batch_norm_act(
+        y = batch_norm_act(
             x, scale, bias, running_mean, running_var, training, float(momentum), eps, activation, activation_param,
             residual,
         )  # fmt: skip
-    if residual is not None:
+        if num_batches is not None:
+            num_batches.add_(1)
+        return y
+    if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
-    values = x.numel() // max(1, x.size(1))  # per channel
-    if training and values == 1 and peers.count == 1:
-        raise one_value_per_channel(x)
-    options = (eps, act, activation_param, signed_scale)
-    keep = _channels_to_keep(x, keep_input) if with_gradient else None
+    keep = None
+    if with_gradient and keep_input is not False:
+        keep = keep_input if isinstance(keep_input, Tensor) else torch.arange(x.size(1), device=x.device)
+    compiling = torch.compiler.is_compiling()
     everything = keep is not None and keep.numel() == x.size(1)  # then x is kept as it is
-    inplace = inplace and not everything and may_overwrite(x, residual)
+    # A compiler plans the memory itself. What is saved for the backward pass is the output either way.
+    inplace = inplace and not compiling and not everything and may_overwrite(x, residual)
+    options = (eps, act, activation_param, signed_scale)
 
-    tensors = (x, weight, bias, residual)
     if not training and running_mean is not None and running_var is not None:
         # Copies of (C,), if a backward pass follows: the running statistics may move on before it.
         mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
+        tensors = (x, weight, bias, residual)
         return _normalize(tensors, mean, var, None, options, inplace, distributed.ALONE, keep, with_gradient)
-    count: int | Tensor = values
-    if peers.count == 1 and keep is None and not torch.compiler.is_compiling():
-        y, mean, var = _batch_normalize(tensors, options, inplace, with_gradient)
+    if peers.count > 1 or keep is not None or compiling or isinstance(momentum, Tensor):
+        y = _in_steps(
+            (x, weight, bias, residual), running_mean, running_var, momentum, options, inplace, peers, keep,
+            with_gradient,
+        )  # fmt: skip
+        if num_batches is not None:
+            num_batches.add_(1)
+        return y
+    if x.size(0) == 1 and values_per_channel(x) == 1:
+        raise one_value_per_channel(x)
+    running = (running_mean, running_var, num_batches, momentum)
+    if with_gradient:
+        y = BatchNormalize.apply(x, weight, bias, residual, options, inplace, running)
     else:
-        with torch.no_grad():
-            mean, var = kernels(x).statistics(x.detach())
-            if peers.count > 1:
-                mean, var, count = peers.merge_statistics(mean, var, values)
-        y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
+        y, _ = batch_normalize(x, weight, bias, residual, options, inplace, running)
+        if inplace:
+            _overwritten(y)
+    written = [v for v in (running_mean, running_var, num_batches) if v is not None and not v.is_inference()]
+    torch.autograd.graph.increment_version(written)
+    return y
+
+
+# A refused combination is not remembered.
+_activation_number = functools.lru_cache(maxsize=64)(activation_number)
+
+
+def _in_steps(
+    tensors: Tensors,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    options: Options,
+    inplace: bool,
+    peers: distributed.Peers,
+    keep: Tensor | None,
+    with_gradient: bool,
+) -> Tensor:
+    """A training step whose statistics are those of several processes, or whose parts a compiler should see."""
+    x = tensors[0]
+    count: int | Tensor = values_per_channel(x)
+    if count == 1 and peers.count == 1:
+        raise one_value_per_channel(x)
+    with torch.no_grad():
+        mean, var = kernels(x).statistics(x.detach())
+        if peers.count > 1:
+            mean, var, count = peers.merge_statistics(mean, var, values_per_channel(x))
+    y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             track_statistics(running_mean, running_var, mean, var, count, momentum)
     return y
 
 
+def values_per_channel(x: Tensor) -> int:
+    return x.numel() // max(1, x.size(1))
+
+
 Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, weight, bias, residual
-
-
-def _batch_normalize(
-    tensors: Tensors, options: Options, inplace: bool, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and variance of the batch."""
-    if with_gradient:
-        # autograd lets a function that overwrites a view return one tensor only: the statistics come out in a list.
-        found: list[Tensor] = []
-        y: Tensor = BatchNormalize.apply(*tensors, options, inplace, found)
-        return y, found[0], found[1]
-    y, mean, var = batch_normalize(*tensors, options, inplace)
-    return (_overwritten(y) if inplace else y), mean, var
 
 
 def _normalize(
@@ -212,14 +256,16 @@ def _normalize(
     return _overwritten(y) if inplace else y
 
 
-def needs_standard_operators(tensors: list[Tensor]) -> bool:
+def needs_standard_operators(*tensors: Tensor | None) -> bool:
     """Whether an exporter, a tracer or a transform is at work, which the layer's own operators have no rules for."""
     if torch.compiler.is_compiling():
         exporting: bool = torch.compiler._is_exporting_flag  # is_exporting() is True in all compiled code of torch 2.10
         return exporting
     if torch._C._get_tracing_state() or torch._C._functorch.maybe_current_level() is not None:
         return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _overwritten(x: Tensor) -> Tensor:
@@ -229,26 +275,32 @@ def _overwritten(x: Tensor) -> Tensor:
     return x
 
 
-def _channels_to_keep(x: Tensor, keep_input: bool | Tensor) -> Tensor | None:
-    if isinstance(keep_input, Tensor):
-        return keep_input
-    return torch.arange(x.size(1), device=x.device) if keep_input else None
-
-
-def _check(x: Tensor, residual: Tensor | None, **vectors: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+) -> None:
     if not x.is_floating_point():
         raise TypeError(f"the input must be of a floating dtype, got {x.dtype}")
     if torch._C._get_tracing_state():
         return  # comparing sizes would bind the trace to them
-    if x.dim() < 2:
-        raise ValueError(f"the input must be (N, C) or (N, C, *), got shape {tuple(x.shape)}")
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (x.size(1),):
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"the input must be (N, C) or (N, C, *), got shape {tuple(shape)}")
+    channels = shape[1:2]
+    for v in (weight, bias, running_mean, running_var):
+        if v is not None and v.shape != channels:
+            names = ("weight", "bias", "running_mean", "running_var")
+            given = (weight, bias, running_mean, running_var)
+            name = next(name for name, each in zip(names, given) if each is v)
             raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}, but the input {tuple(x.shape)} has {x.size(1)} channels"
+                f"{name} has shape {tuple(v.shape)}, but the input {tuple(shape)} has {x.size(1)} channels"
             )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, the input {tuple(x.shape)}: they must be equal")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, the input {tuple(shape)}: they must be equal")
 
 
 def one_value_per_channel(x: Tensor) -> ValueError:

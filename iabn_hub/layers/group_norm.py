@@ -18,6 +18,7 @@ from .activations import IDENTITY, activation_number
 from .autograd import Options, first_order_only, kernels
 from .degenerate import RENEWAL, can_look, unrecoverable_channels
 from .functional import needs_standard_operators
+from .ops import accumulate_dtype
 from .overwriting import may_overwrite
 from .standard import activate
 
@@ -169,7 +170,7 @@ def inplace_group_norm(
     number = activation_number(activation, activation_param, invertible=with_gradient)
     if not x.is_floating_point():
         raise TypeError(f"the input must be of a floating dtype, got {x.dtype}")
-    if keep_input or torch.compiler.is_compiling() or needs_standard_operators(given) or x.numel() == 0:
+    if keep_input or torch.compiler.is_compiling() or needs_standard_operators(*given) or x.numel() == 0:
         return _standard(x, num_groups, weight, bias, eps, activation, activation_param, residual)
     _check(x, num_groups, weight, bias, residual)
     residual = None if residual is None else residual.to(x.dtype)
@@ -265,15 +266,16 @@ class GroupNormalize(torch.autograd.Function):
             (t, dt, joined), (w, b, variance) = big, vectors
             recover = (w, b, joined, *ctx.options)
             if ctx.groups == y.size(1):
-                dx, dz, *sums = ops.batch_gradient(t, dt, variance, want_dz, *recover)
+                dx, dz, *gradients = ops.batch_gradient(t, dt, variance, want_dz, *recover)
             else:
                 sums = ops.gradient_sums(t, dt, *recover)
                 means = _means_of_groups(sums, w, ctx.groups * sums[0].numel() // y.size(1), per_group)
                 dx, dz = ops.input_gradient(t, dt, variance, *means, want_dz, *recover)
-            return [dx, dz] if want_dz else [dx], list(sums)
+                gradients = list(sums)[::-1]  # the scale is signed
+            return [dx, dz] if want_dz else [dx], gradients
 
-        (dx, *dz), (sum_dz, sum_dz_xhat) = over_samples(run, [y, dy, residual], [weight, bias, var])
-        d_weight, d_bias = (v.view(y.size(0), -1).sum(0) for v in (sum_dz_xhat, sum_dz))
+        (dx, *dz), gradients = over_samples(run, [y, dy, residual], [weight, bias, var])
+        d_weight, d_bias = (v.view(y.size(0), -1).sum(0) for v in gradients)
         d_residual = dy if ctx.needs_input_grad[3] and not want_dz else dz[0] if want_dz else None
         return (
             dx,
@@ -315,7 +317,8 @@ def over_samples(
         function: gets and returns a list of tensors and one of vectors.
         tensors: the first decides: if it is contiguous, all are viewed as one sample; else the function is called for
             each sample with slices, so that no layout is converted.
-        vectors: (C,), repeated for each sample, or (N·C,).
+        vectors: (C,), repeated for each sample in the accumulate dtype, so that no gradient of one sample is rounded;
+            or (N·C,).
 
     Returns:
         The tensors (N, C, *) and the vectors (N·C,).
@@ -323,7 +326,11 @@ def over_samples(
     x = tensors[0]
     assert x is not None
     count, channels = x.shape[:2]
-    repeated = [v.repeat(count) if v is not None and v.numel() == channels else v for v in vectors]
+    wide = accumulate_dtype(x.dtype)
+    repeated = [
+        v.to(torch.promote_types(v.dtype, wide)).repeat(count) if v is not None and v.numel() == channels else v
+        for v in vectors
+    ]
     if count == 1:
         return function(tensors, repeated)
     if x.is_contiguous():

@@ -10,8 +10,8 @@ from typing_extensions import Self
 
 from .activations import ACTIVATIONS, activation_number, check_activation
 from .degenerate import RENEWAL, can_look, unrecoverable_channels
-from .distributed import Peers
-from .functional import inplace_abn, inplace_abn_sync
+from .distributed import ALONE, Peers
+from .functional import forward
 from .reference import effective_scale
 from .standard import batch_norm_act
 
@@ -202,29 +202,32 @@ class InPlaceABN(ABN):
 
     @torch.jit.unused
     def _in_place(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
-        return self._counted(inplace_abn(x, residual=residual, **self._arguments(x, residual)))
+        return self._normalised(x, residual, ALONE)
 
     @torch.jit.unused
-    def _arguments(self, x: Tensor, residual: Optional[Tensor]) -> Any:
-        """The functions' arguments from this layer's state."""
+    def _normalised(self, x: Tensor, residual: Optional[Tensor], peers: Peers) -> Tensor:
+        """The layer on this state, which training renews."""
+        training = self.training
         momentum: Any = self.momentum
+        tracked = self.num_batches_tracked
         if momentum is None:
-            momentum = 0.0 if self.num_batches_tracked is None else 1 / (self.num_batches_tracked + 1)
-        names = ("weight", "bias", "eps", "activation", "activation_param", "signed_scale")
+            momentum = 0.0 if tracked is None else 1 / (tracked + 1)
         mean, var = self._statistics_in_use()
-        return {name: getattr(self, name) for name in names} | {
-            "running_mean": mean,
-            "running_var": var,
-            "training": self.training or self.running_mean is None,
-            "momentum": momentum,
-            "inplace": self.inplace == "always" or (bool(self.inplace) and self.training),
-            "keep_input": self._channels_to_keep(x, residual) if self.keep_input == "auto" else self.keep_input,
-        }
+        inplace, weight, bias = self.inplace, self.weight, self.bias
+        keep: Any = self.keep_input
+        if keep == "auto":
+            keep = self._channels_to_keep(x, residual, weight, bias)
+        return forward(
+            x, weight, bias, mean, var, training or mean is None, momentum, self.eps, self.activation,
+            self.activation_param, residual, inplace == "always" or (bool(inplace) and training), self.signed_scale,
+            keep, peers, tracked if training and self.track_running_stats else None,
+        )  # fmt: skip
 
     @torch.jit.unused
-    def _channels_to_keep(self, x: Tensor, residual: Optional[Tensor]) -> Any:
+    def _channels_to_keep(
+        self, x: Tensor, residual: Optional[Tensor], weight: Optional[Tensor], bias: Optional[Tensor]
+    ) -> Any:
         """Indices of the channels whose input must be kept, or False, as of the last look at the data."""
-        weight, bias = self.weight, self.bias
         if weight is None or bias is None or not torch.is_grad_enabled() or not weight.requires_grad:
             return False
         if torch.compiler.is_compiling() or weight.is_inference():
@@ -294,8 +297,8 @@ class InPlaceABNSync(InPlaceABN):
             if peers.count > 1:
                 peers.check_alike(x)
             self._compared = peers.count > 1
-        y = inplace_abn_sync(x, residual=residual, group=self.group, **self._arguments(x, residual))
-        return self._counted(y)
+        peers = Peers.of(self.group) if self.training or self.running_mean is None else ALONE
+        return self._normalised(x, residual, peers)
 
     @torch.jit.unused
     def __deepcopy__(self, memo: Any) -> "InPlaceABNSync":

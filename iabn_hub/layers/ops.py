@@ -64,9 +64,13 @@ def _(x: Tensor, *args: object) -> None:
     _check_activation_shape(x)
 
 
-# The two above in one, for a training step: the statistics of x, then y from x and them.
-lib.define(f"batch_normalize(Tensor x, {_AFFINE}) -> (Tensor y, Tensor mean, Tensor var)")
-lib.define(f"batch_normalize_(Tensor(a!) x, {_AFFINE}) -> (Tensor mean, Tensor var)")
+# The two above in one, for a training step: the statistics of x, then y from x and them. What is given of the rest is
+# overwritten:
+#   running_mean, running_var  (C,)  running += momentum·(batch - running), the variance unbiased; not by an empty batch
+#   num_batches                ()    int64; one more
+_RUNNING = "Tensor(b!)? running_mean=None, Tensor(c!)? running_var=None, Tensor(d!)? num_batches=None, float momentum=0"
+lib.define(f"batch_normalize(Tensor x, {_AFFINE}, {_RUNNING}) -> (Tensor y, Tensor mean, Tensor var)")
+lib.define(f"batch_normalize_(Tensor(a!) x, {_AFFINE}, {_RUNNING}) -> (Tensor mean, Tensor var)")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::batch_normalize", lib=lib)
@@ -114,17 +118,22 @@ def _(
 
 
 # Both passes in one, for a training step of one process.
+#   d_weight, d_bias  (C,)  of the dtypes of weight and bias, or the accumulate dtype where there are none.
+#                           dγ/dweight is the sign of weight, +1 at 0; with signed_scale 1
 lib.define(
     f"batch_gradient(Tensor y, Tensor dy, Tensor var, bool want_dz, {_AFFINE})"
-    " -> (Tensor dx, Tensor dz, Tensor sum_dz, Tensor sum_dz_xhat)"
+    " -> (Tensor dx, Tensor dz, Tensor d_weight, Tensor d_bias)"
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::batch_gradient", lib=lib)
-def _(y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, *a: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, weight: Tensor | None, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_activation_shape(y)
     dz = torch.empty_like(y) if want_dz else y.new_empty(0)
-    return torch.empty_like(y), dz, _per_channel(y), _per_channel(y)
+    d_weight, d_bias = (_per_channel(y) if v is None else v.new_empty(y.size(1)) for v in (weight, bias))
+    return torch.empty_like(y), dz, d_weight, d_bias
 
 
 # Both passes in one from the input of the layer, for a layer that keeps x and not y.

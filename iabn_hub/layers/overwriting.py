@@ -13,12 +13,7 @@ _logger = logging.getLogger(__name__)
 
 
 def may_overwrite(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether nothing forbids to overwrite x. What does is logged, once; compiled code never overwrites.
-
-    A compiler plans the memory itself. What is saved for the backward pass is the output either way.
-    """
-    if torch.compiler.is_compiling():
-        return False
+    """Whether nothing forbids to overwrite x. What does is logged, once."""
     obstacle = _obstacle(x, residual)
     if obstacle:
         _hint(obstacle)

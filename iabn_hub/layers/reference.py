@@ -95,13 +95,33 @@ def normalize_(x: Tensor, *args: object) -> None:
 
 def batch_normalize(x: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = statistics(x)
-    return normalize(x, mean, var, *args), mean, var
+    affine, running = args[:7], args[7:]
+    _track(x, mean, var, *running)  # type: ignore[arg-type]
+    return normalize(x, mean, var, *affine), mean, var
 
 
 def batch_normalize_(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     mean, var = statistics(x)
-    normalize_(x, mean, var, *args)
+    affine, running = args[:7], args[7:]
+    _track(x, mean, var, *running)  # type: ignore[arg-type]
+    normalize_(x, mean, var, *affine)
     return mean, var
+
+
+def _track(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches: Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    count = x.numel() // max(1, x.size(1))
+    if running_mean is not None and running_var is not None and count > 0:
+        update_statistics_(running_mean, running_var, mean, var, momentum, count / max(1, count - 1))
+    if num_batches is not None:
+        num_batches.add_(1)
 
 
 def _recover(
@@ -172,12 +192,34 @@ def input_gradient(
 
 
 def batch_gradient(
-    y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, *recover: object
+    y: Tensor,
+    dy: Tensor,
+    var: Tensor,
+    want_dz: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    signed_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    recover = (weight, bias, residual, eps, activation, activation_param, signed_scale)
     sum_dz, sum_dz_xhat = gradient_sums(y, dy, *recover)
     count = max(1, y.numel() // max(1, y.size(1)))
-    means = (sum_dz / count, sum_dz_xhat / count)
-    return (*input_gradient(y, dy, var, *means, want_dz, *recover), sum_dz, sum_dz_xhat)  # type: ignore[arg-type]
+    dx, dz = input_gradient(y, dy, var, sum_dz / count, sum_dz_xhat / count, want_dz, *recover)
+    return dx, dz, *affine_gradients(sum_dz, sum_dz_xhat, weight, bias, signed_scale)
+
+
+def affine_gradients(
+    sum_dz: Tensor, sum_dz_xhat: Tensor, weight: Tensor | None, bias: Tensor | None, signed_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias, (C,), in their dtypes."""
+    d_weight = sum_dz_xhat
+    if weight is not None:
+        d_weight = d_weight if signed_scale else torch.where(weight < 0, -d_weight, d_weight)
+        d_weight = d_weight.to(weight.dtype)
+    return d_weight, sum_dz if bias is None else sum_dz.to(bias.dtype)
 
 
 def gradient_from_input(

@@ -15,6 +15,7 @@ def test_the_layer_and_every_contender_are_measured_in_one_run(monkeypatch, caps
         assert {"BatchNorm2d + LeakyReLU", "iABN", "iABN (reference)"} <= case["contenders"].keys()
         assert case["contenders"]["BatchNorm2d + LeakyReLU"]["times_faster"] == 1
         assert all(share > 0 for share in case["share_of_copy"].values())
+    assert result["host"]["ratio"] > 0
 
 
 def test_memory_of_a_network_is_halved(capsys):

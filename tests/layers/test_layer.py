@@ -422,6 +422,8 @@ def test_operators_keep_their_contracts(activation, bare):
         (ops.normalize_, (x.clone(), mean, var, *recover)),
         (ops.batch_normalize, (x, *recover)),
         (ops.batch_normalize_, (x.clone(), *recover)),
+        (ops.batch_normalize, (x, *recover, mean.clone(), var.clone(), torch.tensor(3), 0.1)),
+        (ops.batch_normalize_, (x.clone(), *recover, mean.clone(), var.clone(), torch.tensor(3), 0.1)),
         (ops.batch_gradient, (y, dy, var, True, *recover)),
         (ops.gradient_sums, (y, dy, *recover)),
         (ops.input_gradient, (y, dy, var, mean, mean, True, *recover)),
