@@ -20,12 +20,16 @@ from iabn_hub.layers.backends import building
 
 REGISTERS, GRANULE, THREADS = 65536, 8, 256  # of a multiprocessor; per thread; of a block
 UNDER_WAY = 2  # vectors of each operand
-# The operands that each kernel reads in its main loop: what a thread may ask for at once is twice that.
+# Kernels and what they have code for: leaky ReLU without a residual; any activation and a residual; the gradient of any
+# activation from the input. Each with the operands that its main loop reads.
+LEAKY, ANY, FROM_INPUT = "leaky ReLU", "any, residual", "any, from the input"
 OPERANDS = {
-    "planes_moments": 1, "rows_moments": 1, "planes_normalize": 2, "rows_normalize": 2,
-    "planes_sums": 3, "rows_sums": 3, "planes_gradient": 3, "rows_gradient": 3,
+    ("moments", ""): 1,
+    ("normalize", LEAKY): 1, ("normalize", ANY): 2,
+    ("sums", LEAKY): 2, ("sums", ANY): 3, ("sums", FROM_INPUT): 2,
+    ("gradient", LEAKY): 2, ("gradient", ANY): 3, ("gradient", FROM_INPUT): 2,
 }  # fmt: skip
-HEADER = ("kernel", "dtype", "registers", "blocks per multiprocessor", "loads in flight", "instructions of the loop")
+HEADER = ("kernel", "code for", "dtype", "registers", "blocks", "loads in flight", "instructions per load")
 
 
 def nvdisasm():
@@ -64,8 +68,11 @@ def compiled(dtype, architecture, folder):
 
 
 def kernel_of(mangled):
-    match = re.search(r"\d((?:planes|rows)_[a-z_]+?)ILi(\d+)E", mangled)
-    return (match[1], int(match[2])) if match else None
+    """(name, what it has code for, width), or None."""
+    match = re.search(r"\d((?:planes|rows)_[a-z_]+?)ILi(\d+)E(?:L\w*?E?(\d)E)?E", mangled)
+    if not match:
+        return None
+    return match[1], ("" if match[3] is None else (LEAKY, ANY, FROM_INPUT)[int(match[3])]), int(match[2])
 
 
 def loops(sass):
@@ -96,14 +103,13 @@ def _bodies(section):
 
 
 def in_flight(body):
-    """The most loads that wait at once: a load waits until an instruction names one of its registers."""
+    """The most 16-byte loads that wait at once: a load waits until an instruction names one of its registers."""
     waiting, most = {}, 0
     for instruction in body:
         operation, _, operands = instruction.partition(" ")
         registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
-        if operation.startswith("LDG"):
-            size = 4 if ".128" in operation else 2 if ".64" in operation else 1
-            waiting[registers[0]] = size
+        if operation.startswith("LDG") and ".128" in operation:  # narrower ones merge parts, at the end
+            waiting[registers[0]] = 4
             most = max(most, len(waiting))
             continue
         for first, size in list(waiting.items()):
@@ -113,17 +119,24 @@ def in_flight(body):
 
 
 def rows_of(dtypes, architecture):
-    """A row for each hot kernel at its widest access: name, dtype, registers, blocks, loads, instructions, spilled."""
+    """A row for each hot kernel at its widest access, as in HEADER, then (loads promised, bytes spilled)."""
     with tempfile.TemporaryDirectory() as folder:
         for dtype in dtypes:
             registers, sass = compiled(dtype, architecture, Path(folder))
             found = loops(sass)
             width = {"f64": 2, "f32": 4}.get(dtype, 8)
-            for name in OPERANDS:
-                used, spilled = registers[name, width]
-                rounded = -(-used // GRANULE) * GRANULE
-                loads, instructions = found[name, width]
-                yield (name, dtype, used, min(REGISTERS // (rounded * THREADS), 8), loads, instructions, spilled)
+            for (kernel, code), operands in OPERANDS.items():
+                for layout in ("planes", "rows"):
+                    key = f"{layout}_{kernel}", code, width
+                    if key not in registers:  # float64 has no kernels for leaky ReLU alone
+                        continue
+                    used, spilled = registers[key]
+                    rounded = -(-used // GRANULE) * GRANULE
+                    loads, instructions = found[key]
+                    # A loop with code for several activations runs a part of its instructions.
+                    each = round(instructions / loads) if code in ("", LEAKY) and loads else ""
+                    row = (key[0], code, dtype, used, min(REGISTERS // (rounded * THREADS), 8), loads, each)
+                    yield row, UNDER_WAY * operands, spilled
 
 
 def main():
@@ -138,12 +151,12 @@ def main():
         print(f"sass_table: {e}", file=sys.stderr)
         return 1
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
-    for row in rows:
-        print(f"| `{row[0]}` | {' | '.join(map(str, row[1:-1]))} |")
+    for row, _, _ in rows:
+        print(f"| `{row[0]}` | {' | '.join(map(str, row[1:]))} |")
     broken = [
-        f"{name} of {dtype}: {loads} loads in flight, promised {UNDER_WAY * OPERANDS[name]}; {spilled} bytes spilled"
-        for name, dtype, _, _, loads, _, spilled in rows
-        if spilled or loads < UNDER_WAY * OPERANDS[name]
+        f"{row[0]} ({row[1]}) of {row[2]}: {row[5]} loads in flight, promised {promised}; {spilled} bytes spilled"
+        for row, promised, spilled in rows
+        if spilled or row[5] < promised
     ]
     if given.check and broken:
         print("\n".join(f"sass_table: {each}" for each in broken), file=sys.stderr)

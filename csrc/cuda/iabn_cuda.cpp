@@ -1,17 +1,10 @@
 // The operators on CUDA: which layout, which kernels, and the memory they work in. Everything is queued on the current
 // stream and nothing waits for it, so that a training step can be captured in a CUDA graph.
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
-#include <stdexcept>
 #include <tuple>
-#include <vector>
 
-#include "iabn_cuda.h"
-#include "iabn_torch.h"
+#include "iabn_cuda_work.h"
 
 namespace {
 
@@ -31,148 +24,40 @@ const Launchers& kernels_for(Dtype dtype) {
   }
 }
 
-Device device_of(const Tensor& t) {
-  int processors = 0, bytes = 0, index = t.get_device_index();
-  cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  STD_TORCH_CHECK(error == cudaSuccess, "iabn_hub: CUDA: ", cudaGetErrorString(error));
-  return {processors, bytes};
-}
-
-// ---- layouts ---------------------------------------------------------------------------------------------------------
-
-// Merges dimensions [first, last) of a tensor without the channel into one: its stride, or −1 if there is none.
-int64_t merged_stride(const Tensor& t, int64_t first) {
-  int64_t stride = -1, expected = 0;
-  for (int64_t d = t.dim() - 1; d >= first; --d) {
-    if (d == 1 || t.size(d) == 1) continue;
-    if (stride < 0) stride = t.stride(d);
-    else if (t.stride(d) != expected) return -1;
-    expected = t.stride(d) * t.size(d);
-  }
-  return stride < 0 ? 1 : stride;  // a single element has any stride
-}
-
-// The tensor as rows or planes, if it is so laid out.
-std::optional<StridedTensor> as_layout(const Tensor& t, bool rows) {
-  StridedTensor o{t.data_ptr(), 0, 0, 0};
-  o.channel = t.size(1) == 1 ? 1 : t.stride(1);
-  if (rows) {
-    if (o.channel != 1) return std::nullopt;
-    o.inner = merged_stride(t, 0);
-    return o.inner > 0 ? std::optional(o) : std::nullopt;  // 0: rows that share memory, whose copy has another layout
-  }
-  o.inner = merged_stride(t, 2);
-  o.outer = t.size(0) == 1 ? 0 : t.stride(0);
-  return o.inner == 1 ? std::optional(o) : std::nullopt;
-}
-
-int64_t alignment_of(const StridedTensor& o, const Extent& s, int64_t bytes) {
-  uint64_t all = 16 | reinterpret_cast<uintptr_t>(o.data);
-  if (s.rows) all |= uint64_t(o.inner * bytes);
-  else all |= uint64_t(o.outer * bytes) | (s.channels > 1 ? uint64_t(o.channel * bytes) : 0);
-  return int64_t(all & -all);
-}
-
-// Several tensors of one shape, ready for a launch. The first decides the layout; one that is laid out otherwise is
-// copied, and one that is written is copied back by `finish`.
-struct Work {
-  Launch launch{};
-  Dtype dtype;
-  std::vector<StridedTensor> operands;  // an undefined tensor gives an empty one
-  torch::stable::accelerator::DeviceGuard guard;
-  int64_t element_bytes;
-  Device device;
-
-  Work(const std::vector<const Tensor*>& reads, const std::vector<Tensor*>& writes)
-      : dtype(dtype_of(*reads[0])),
-        guard(reads[0]->get_device_index()),
-        element_bytes(reads[0]->element_size()),
-        device(device_of(*reads[0])) {
-    const Tensor& first = *reads[0];
-    Extent& s = launch.shape;
-    s.channels = first.size(1);
-    bool planes = as_layout(first, false).has_value();
-    s.rows = as_layout(first, true).has_value() && (s.channels > 1 || !planes);
-    Tensor like = s.rows || planes ? first : torch::stable::contiguous(first);
-    s.outer = s.rows ? 1 : first.size(0);
-    s.inner = first.numel() / s.channels / s.outer;
-    add(&like, like, true);
-    for (size_t k = 1; k < reads.size(); ++k) add(reads[k], like, true);
-    for (Tensor* t : writes) {
-      if (Tensor copy = add(t, like, false); copy.defined()) back.push_back({*t, copy});
-    }
-    int64_t alignment = 16;
-    for (const StridedTensor& o : operands) {
-      if (o.data != nullptr) alignment = std::min(alignment, alignment_of(o, s, element_bytes));
-    }
-    launch.plan = make_plan(s, element_bytes, alignment, device);
-    STD_TORCH_CHECK(s.per_channel() / launch.plan.width <= std::numeric_limits<uint32_t>::max(),
-                    "iabn_hub: more than 2^32 vectors of values per channel");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream));
-    launch.stream = stream;
-  }
-
-  // Room for the parts of every channel.
-  void need_partial() {
-    ScalarType accumulate = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-    partial = torch::stable::new_empty(kept.front(), {3 * launch.plan.parts * launch.shape.channels}, accumulate);
-    launch.partial = partial.data_ptr();
-  }
-  bool fuse(int64_t tensors) {
-    launch.fused_bytes = fused_bytes(launch.shape, element_bytes, tensors, device);
-    return launch.fused_bytes > 0;
-  }
-  void finish() {
-    for (auto& [to, from] : back) torch::stable::copy_(to, from);
-  }
-
- private:
-  std::vector<Tensor> kept;  // until the kernels are queued: the allocator gives memory back in the order of the stream
-  std::vector<std::pair<Tensor, Tensor>> back;
-  Tensor partial;
-
-  // Adds an operand; returns the copy that stands for it, if it needs one.
-  Tensor add(const Tensor* t, const Tensor& like, bool read) {
-    if (t == nullptr || t->numel() == 0) {
-      operands.push_back({});
-      return Tensor();
-    }
-    STD_TORCH_CHECK(t->get_device_index() == like.get_device_index(), "iabn_hub: tensors are on different devices");
-    std::optional<StridedTensor> o =
-        t->scalar_type() == like.scalar_type() ? as_layout(*t, launch.shape.rows) : std::nullopt;
-    Tensor copy;
-    if (!o) {
-      copy = torch::stable::empty_like(like);
-      if (read) torch::stable::copy_(copy, *t);
-      o = as_layout(copy, launch.shape.rows);
-      STD_TORCH_CHECK(o.has_value(), "iabn_hub: this layout is not supported");
-    }
-    kept.push_back(copy.defined() ? copy : *t);
-    operands.push_back(*o);
-    return copy;
-  }
-};
-
 // ---- per-channel values ----------------------------------------------------------------------------------------------
+
+void check_device(const Tensor& v, const Tensor& like) {
+  STD_TORCH_CHECK(v.is_cuda() && v.get_device_index() == like.get_device_index(),
+                  "iabn_hub: weight, bias and statistics must be on the device of the input");
+}
 
 Vector vector_of(const Optional& v, const Tensor& like) {
   if (!v) return {};
-  STD_TORCH_CHECK(v->is_cuda() && v->get_device_index() == like.get_device_index(),
-                  "iabn_hub: weight, bias and statistics must be on the device of the input");
+  check_device(*v, like);
   return {v->data_ptr(), dtype_of(*v), v->stride(0)};
 }
 
-Tensor per_channel(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.size(1)},
-                                  dtype_of(like) == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
+Output output_of(const Optional& v, const Tensor& like) {
+  if (!v) return {};
+  check_device(*v, like);
+  return {v->data_ptr(), dtype_of(*v), v->stride(0)};
 }
 
-Tensor zeros_per_channel(const Tensor& like) {
-  return torch::stable::new_zeros(like, {like.size(1)},
-                                  dtype_of(like) == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
+Output output_of(const Tensor& v) { return {v.data_ptr(), dtype_of(v), 1}; }
+Vector vector_of(const Output& v) { return {v.data, v.dtype, v.stride}; }
+
+ScalarType accumulate_type(const Tensor& like) {
+  return dtype_of(like) == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
 }
+
+Tensor per_channel(const Tensor& like) { return new_vector(like, like.size(1), accumulate_type(like)); }
+
+// The gradient of `parameter`, or of a factor of 1.
+Tensor gradient_for(const Optional& parameter, const Tensor& like) {
+  return new_vector(like, like.size(1), parameter ? parameter->scalar_type() : accumulate_type(like));
+}
+
+Tensor zeros_like(const Tensor& v) { return torch::stable::new_zeros(v, {v.size(0)}); }
 
 AffineVectors affine_of(const Tensor& like, const Optional& weight, const Optional& bias, double eps,
                         bool signed_scale) {
@@ -185,11 +70,13 @@ const Tensor* pointer(const Optional& t) { return t ? &*t : nullptr; }
 
 std::tuple<Tensor, Tensor> statistics(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 2, "iabn_hub: the input must be (N, C, *)");
-  if (x.numel() == 0) return {zeros_per_channel(x), zeros_per_channel(x)};
   Tensor mean = per_channel(x), var = per_channel(x);
+  if (x.numel() == 0) return {zeros_like(mean), zeros_like(var)};
   Work work({&x}, {});
   work.need_partial();
-  kernels_for(work.dtype).statistics(work.launch, work.operands[0], mean.data_ptr(), var.data_ptr());
+  StatisticsOutputs out;
+  out.mean = output_of(mean), out.var = output_of(var);
+  kernels_for(work.dtype).statistics(work.launch, work.operands[0], out);
   return {mean, var};
 }
 
@@ -201,14 +88,14 @@ void normalize_into(Tensor y, const Tensor& x, const Tensor& mean, const Tensor&
   const auto& o = work.operands;
   kernels_for(work.dtype)
       .normalize(work.launch, activation_options(activation, param, work.dtype),
-                 affine_of(x, weight, bias, eps, signed_scale), o[0], o[1], o[2], vector_of(mean, x),
-                 vector_of(var, x));
+                 affine_of(x, weight, bias, eps, signed_scale), {o[0], o[1], o[2]}, vector_of(Optional(mean), x),
+                 vector_of(Optional(var), x));
   work.finish();
 }
 
 Tensor normalize(const Tensor& x, const Tensor& mean, const Tensor& var, const Optional& weight, const Optional& bias,
                  const Optional& residual, double eps, int64_t activation, double param, bool signed_scale) {
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   normalize_into(y, x, mean, var, weight, bias, residual, eps, activation, param, signed_scale);
   return y;
 }
@@ -218,22 +105,53 @@ void normalize_(const Tensor& x, const Tensor& mean, const Tensor& var, const Op
   normalize_into(x, x, mean, var, weight, bias, residual, eps, activation, param, signed_scale);
 }
 
+// The running statistics of the channels of `mean` and `var`, and the number of batches, where there are any.
+void update(const Tensor& like, Vector mean, Vector var, const StatisticsOutputs& out) {
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  Launch launch{};
+  launch.shape.channels = mean.data == nullptr ? 0 : like.size(0);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &launch.stream));
+  kernels_for(dtype_of(like) == Dtype::f64 ? Dtype::f64 : Dtype::f32).update_statistics(launch, mean, var, out);
+}
+
+// What a training step overwrites beside its result.
+struct Running {
+  const Optional &mean, &var, &num_batches;
+  double momentum;
+};
+
 std::tuple<Tensor, Tensor> batch_normalize_into(Tensor y, const Tensor& x, const Optional& weight, const Optional& bias,
                                                 const Optional& residual, double eps, int64_t activation, double param,
-                                                bool signed_scale) {
-  if (x.numel() == 0) return {zeros_per_channel(x), zeros_per_channel(x)};
+                                                bool signed_scale, const Running& running) {
   Tensor mean = per_channel(x), var = per_channel(x);
+  StatisticsOutputs out;
+  out.mean = output_of(mean), out.var = output_of(var);
+  if (running.num_batches) {
+    check_device(*running.num_batches, x);
+    out.num_batches = static_cast<int64_t*>(running.num_batches->data_ptr());
+  }
+  if (x.numel() == 0) {  // the batch counts, but says nothing
+    update(x, {}, {}, out);
+    return {zeros_like(mean), zeros_like(var)};
+  }
+  if (running.mean && running.var) {
+    out.running_mean = output_of(running.mean, x), out.running_var = output_of(running.var, x);
+    out.momentum = running.momentum;
+    double count = double(x.numel() / x.size(1));
+    out.correction = count / std::max(1.0, count - 1);
+  }
   Work work({&x, pointer(residual)}, {&y});
   const Launchers& k = kernels_for(work.dtype);
-  const auto& o = work.operands;
+  ForwardOperands o{work.operands[0], work.operands[1], work.operands[2]};
   ActivationOptions options = activation_options(activation, param, work.dtype);
   AffineVectors affine = affine_of(x, weight, bias, eps, signed_scale);
   if (work.fuse(1)) {
-    k.fused_forward(work.launch, options, affine, o[0], o[1], o[2], mean.data_ptr(), var.data_ptr());
+    k.fused_forward(work.launch, options, affine, o, out);
   } else {
-    work.need_partial();
-    k.statistics(work.launch, o[0], mean.data_ptr(), var.data_ptr());
-    k.normalize(work.launch, options, affine, o[0], o[1], o[2], vector_of(mean, x), vector_of(var, x));
+    work.by_groups(1, [&] {
+      k.statistics(work.launch, o.x, out);
+      k.normalize(work.launch, options, affine, o, vector_of(out.mean), vector_of(out.var));
+    });
   }
   work.finish();
   return {mean, var};
@@ -241,16 +159,29 @@ std::tuple<Tensor, Tensor> batch_normalize_into(Tensor y, const Tensor& x, const
 
 std::tuple<Tensor, Tensor, Tensor> batch_normalize(const Tensor& x, const Optional& weight, const Optional& bias,
                                                    const Optional& residual, double eps, int64_t activation,
-                                                   double param, bool signed_scale) {
-  Tensor y = torch::stable::empty_like(x);
-  auto [mean, var] = batch_normalize_into(y, x, weight, bias, residual, eps, activation, param, signed_scale);
+                                                   double param, bool signed_scale, const Optional& running_mean,
+                                                   const Optional& running_var, const Optional& num_batches,
+                                                   double momentum) {
+  Tensor y = new_like(x);
+  auto [mean, var] = batch_normalize_into(y, x, weight, bias, residual, eps, activation, param, signed_scale,
+                                          {running_mean, running_var, num_batches, momentum});
   return {y, mean, var};
 }
 
 std::tuple<Tensor, Tensor> batch_normalize_(const Tensor& x, const Optional& weight, const Optional& bias,
                                             const Optional& residual, double eps, int64_t activation, double param,
-                                            bool signed_scale) {
-  return batch_normalize_into(x, x, weight, bias, residual, eps, activation, param, signed_scale);
+                                            bool signed_scale, const Optional& running_mean,
+                                            const Optional& running_var, const Optional& num_batches, double momentum) {
+  return batch_normalize_into(x, x, weight, bias, residual, eps, activation, param, signed_scale,
+                              {running_mean, running_var, num_batches, momentum});
+}
+
+void update_statistics_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                        double momentum, double correction) {
+  StatisticsOutputs out;
+  out.running_mean = output_of(Optional(running_mean), mean), out.running_var = output_of(Optional(running_var), mean);
+  out.momentum = momentum, out.correction = correction;
+  update(mean, vector_of(Optional(mean), mean), vector_of(Optional(var), mean), out);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
@@ -258,15 +189,16 @@ std::tuple<Tensor, Tensor> batch_normalize_(const Tensor& x, const Optional& wei
 std::tuple<Tensor, Tensor> gradient_sums(const Tensor& y, const Tensor& dy, const Optional& weight,
                                          const Optional& bias, const Optional& residual, double eps, int64_t activation,
                                          double param, bool signed_scale) {
-  if (y.numel() == 0) return {zeros_per_channel(y), zeros_per_channel(y)};
   Tensor sum_dz = per_channel(y), sum_dz_xhat = per_channel(y);
+  if (y.numel() == 0) return {zeros_like(sum_dz), zeros_like(sum_dz_xhat)};
   Work work({&y, &dy, pointer(residual)}, {});
   work.need_partial();
   const auto& o = work.operands;
+  SumsOutputs out;
+  out.sum_dz = output_of(sum_dz), out.sum_dz_xhat = output_of(sum_dz_xhat);
   kernels_for(work.dtype)
       .gradient_sums(work.launch, activation_options(activation, param, work.dtype),
-                     affine_of(y, weight, bias, eps, signed_scale), o[0], o[1], o[2], sum_dz.data_ptr(),
-                     sum_dz_xhat.data_ptr());
+                     affine_of(y, weight, bias, eps, signed_scale), {o[0], o[1], o[2], {}, {}}, {}, {}, out);
   return {sum_dz, sum_dz_xhat};
 }
 
@@ -274,43 +206,75 @@ std::tuple<Tensor, Tensor> input_gradient(const Tensor& y, const Tensor& dy, con
                                           const Optional& mean_dz_xhat, bool want_dz, const Optional& weight,
                                           const Optional& bias, const Optional& residual, double eps,
                                           int64_t activation, double param, bool signed_scale) {
-  Tensor dx = torch::stable::empty_like(y);
-  Tensor dz = want_dz ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+  Tensor dx = new_like(y);
+  Tensor dz = want_dz ? new_like(y) : new_vector(y, 0, y.scalar_type());
   if (y.numel() == 0) return {dx, dz};
   Work work({&y, &dy, mean_dz ? pointer(residual) : nullptr}, {&dx, &dz});  // x̂ matters in training only
   const auto& o = work.operands;
   kernels_for(work.dtype)
       .input_gradient(work.launch, activation_options(activation, param, work.dtype),
-                      affine_of(y, weight, bias, eps, signed_scale), o[0], o[1], o[2], o[3], o[4], vector_of(var, y),
-                      vector_of(mean_dz, y), vector_of(mean_dz_xhat, y), 1);
+                      affine_of(y, weight, bias, eps, signed_scale), {o[0], o[1], o[2], o[3], o[4]}, {},
+                      vector_of(Optional(var), y), vector_of(mean_dz, y), vector_of(mean_dz_xhat, y), 1);
   work.finish();
   return {dx, dz};
+}
+
+// Both passes. `out` has all but sum_dz and sum_dz_xhat, or these too.
+void gradient_into(Work& work, const ActivationOptions& options, const AffineVectors& affine, Vector mean, Vector var,
+                   bool centred, SumsOutputs out, const Tensor& like) {
+  const Launchers& k = kernels_for(work.dtype);
+  const auto& given = work.operands;
+  BackwardOperands o{given[0], given[1], given[2], given[3], given[4]};
+  if (centred && work.fuse(2)) {
+    k.fused_backward(work.launch, options, affine, o, mean, var, out);
+    work.finish();
+    return;
+  }
+  Tensor sums;  // until the kernels are queued
+  if (centred && out.sum_dz.data == nullptr) {
+    sums = new_vector(like, 2 * like.size(1), accumulate_type(like));
+    out.sum_dz = out.sum_dz_xhat = output_of(sums);
+    out.sum_dz_xhat.data = static_cast<char*>(sums.data_ptr()) + like.size(1) * sums.element_size();
+  }
+  double share = 1 / double(work.launch.shape.per_channel());
+  work.by_groups(2, [&] {
+    k.gradient_sums(work.launch, options, affine, o, mean, var, out);
+    k.input_gradient(work.launch, options, affine, o, mean, var, centred ? vector_of(out.sum_dz) : Vector{},
+                     centred ? vector_of(out.sum_dz_xhat) : Vector{}, share);
+  });
+  work.finish();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_gradient(const Tensor& y, const Tensor& dy, const Tensor& var,
                                                           bool want_dz, const Optional& weight, const Optional& bias,
                                                           const Optional& residual, double eps, int64_t activation,
                                                           double param, bool signed_scale) {
-  Tensor dx = torch::stable::empty_like(y);
-  Tensor dz = want_dz ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
-  if (y.numel() == 0) return {dx, dz, zeros_per_channel(y), zeros_per_channel(y)};
-  Tensor sum_dz = per_channel(y), sum_dz_xhat = per_channel(y);
+  Tensor dx = new_like(y);
+  Tensor dz = want_dz ? new_like(y) : new_vector(y, 0, y.scalar_type());
+  Tensor d_weight = gradient_for(weight, y), d_bias = gradient_for(bias, y);
+  if (y.numel() == 0) return {dx, dz, zeros_like(d_weight), zeros_like(d_bias)};
   Work work({&y, &dy, pointer(residual)}, {&dx, &dz});
-  const Launchers& k = kernels_for(work.dtype);
-  const auto& o = work.operands;
+  SumsOutputs out;
+  out.d_weight = output_of(d_weight), out.d_bias = output_of(d_bias);
+  gradient_into(work, activation_options(activation, param, work.dtype), affine_of(y, weight, bias, eps, signed_scale),
+                {}, vector_of(Optional(var), y), true, out, y);
+  return {dx, dz, d_weight, d_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradient_from_input(const Tensor& x, const Tensor& dy, const Tensor& mean,
+                                                       const Tensor& var, const Optional& weight, const Optional& bias,
+                                                       double eps, int64_t activation, double param, bool centred) {
+  Tensor dx = new_like(x);
+  Tensor sum_dz = per_channel(x), sum_dz_xhat = per_channel(x);
+  if (x.numel() == 0) return {dx, zeros_like(sum_dz), zeros_like(sum_dz_xhat)};
+  Work work({&x, &dy, nullptr}, {&dx, nullptr});
+  SumsOutputs out;
+  out.sum_dz = output_of(sum_dz), out.sum_dz_xhat = output_of(sum_dz_xhat);
   ActivationOptions options = activation_options(activation, param, work.dtype);
-  AffineVectors affine = affine_of(y, weight, bias, eps, signed_scale);
-  if (work.fuse(2)) {
-    k.fused_backward(work.launch, options, affine, o[0], o[1], o[2], o[3], o[4], vector_of(var, y), sum_dz.data_ptr(),
-                     sum_dz_xhat.data_ptr());
-  } else {
-    work.need_partial();
-    k.gradient_sums(work.launch, options, affine, o[0], o[1], o[2], sum_dz.data_ptr(), sum_dz_xhat.data_ptr());
-    k.input_gradient(work.launch, options, affine, o[0], o[1], o[2], o[3], o[4], vector_of(var, y),
-                     vector_of(sum_dz, y), vector_of(sum_dz_xhat, y), 1 / double(work.launch.shape.per_channel()));
-  }
-  work.finish();
-  return {dx, dz, sum_dz, sum_dz_xhat};
+  options.from_input = true;
+  gradient_into(work, options, affine_of(x, weight, bias, eps, true), vector_of(Optional(mean), x),
+                vector_of(Optional(var), x), centred, out, x);
+  return {dx, sum_dz, sum_dz_xhat};
 }
 
 }  // namespace
@@ -324,4 +288,6 @@ STABLE_TORCH_LIBRARY_IMPL(iabn_hub, CUDA, m) {
   m.impl("gradient_sums", TORCH_BOX(&gradient_sums));
   m.impl("input_gradient", TORCH_BOX(&input_gradient));
   m.impl("batch_gradient", TORCH_BOX(&batch_gradient));
+  m.impl("update_statistics_", TORCH_BOX(&update_statistics_));
+  m.impl("gradient_from_input", TORCH_BOX(&gradient_from_input));
 }

@@ -7,9 +7,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "iabn.h"
 
@@ -35,10 +37,32 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("iabn_hub: CUDA: ") + cudaGetErrorString(error));
 }
 
+// What is asked of the driver once per kernel and device, since each question takes as long as a launch.
+template <typename Kernel, typename Ask>
+int64_t once(Kernel* kernel, int64_t device, Ask ask) {
+  thread_local std::map<std::pair<const void*, int64_t>, int64_t> answers;
+  auto [found, is_new] = answers.try_emplace({reinterpret_cast<const void*>(kernel), device}, 0);
+  if (is_new) found->second = ask();
+  return found->second;
+}
+
 // A block may have more than 48 KiB of shared memory, its static part included, only if the kernel says so beforehand.
 template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+void allow_shared(Kernel* kernel, int64_t device, int64_t bytes) {
+  once(kernel, device, [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+    return bytes;
+  });
+}
+
+// How many blocks of so many threads one multiprocessor runs at once.
+template <typename Kernel>
+int64_t blocks_per_processor(Kernel* kernel, int64_t device, int64_t threads) {
+  return once(kernel, device, [&] {
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, int(threads), 0));
+    return int64_t(blocks);
+  });
 }
 
 template <Dtype dtype>
@@ -106,6 +130,15 @@ template <typename R>
 IABN_DEVICE void write_vector(void* to, const R& raw) {
   __stcg(static_cast<R*>(to), raw);
 }
+
+// What another block has written: not from the L1 cache, which may hold what stood there before.
+IABN_DEVICE float read_through(const float* from) { return __ldcg(from); }
+IABN_DEVICE double read_through(const double* from) { return __ldcg(from); }
+
+IABN_DEVICE void write_before_others() { __threadfence(); }
+
+// Counts up to `last` and then starts again at 0; what it was before.
+IABN_DEVICE unsigned count_up(unsigned* counter, unsigned last) { return atomicInc(counter, last); }
 
 template <typename A>
 IABN_DEVICE A shuffle_xor(A v, int mask) {

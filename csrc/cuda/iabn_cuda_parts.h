@@ -1,4 +1,4 @@
-// What the CUDA kernels are made of: per-channel values, vectors of elements, sums that threads merge, and walks.
+// What the CUDA kernels are made of: activations, per-channel values, vectors of elements, and walks over memory.
 //
 // For iabn_cuda_kernels.cu, which is compiled once per dtype.
 #pragma once
@@ -15,7 +15,7 @@ namespace {
 using T = Storage<Dtype::IABN_DTYPE>::type;  // what tensors hold
 using A = Storage<Dtype::IABN_DTYPE>::wide;  // what is computed with
 
-// ---- per-channel values --------------------------------------------------------------------------------------------
+// ---- vectors in any dtype --------------------------------------------------------------------------------------------
 
 IABN_DEVICE A value(const Vector& v, int64_t c, A otherwise) {
   if (v.data == nullptr) return otherwise;
@@ -32,58 +32,144 @@ IABN_DEVICE A value(const Vector& v, int64_t c, A otherwise) {
   return otherwise;
 }
 
+IABN_DEVICE void put(const Output& v, int64_t c, A value) {
+  if (v.data == nullptr) return;
+  switch (v.dtype) {
+    case Dtype::f32:
+      static_cast<float*>(v.data)[c * v.stride] = float(value);
+      break;
+    case Dtype::f64:
+      static_cast<double*>(v.data)[c * v.stride] = double(value);
+      break;
+    case Dtype::bf16:
+      static_cast<Storage<Dtype::bf16>::type*>(v.data)[c * v.stride] = narrow<Storage<Dtype::bf16>::type>(float(value));
+      break;
+    case Dtype::f16:
+      static_cast<Storage<Dtype::f16>::type*>(v.data)[c * v.stride] = narrow<Storage<Dtype::f16>::type>(float(value));
+      break;
+  }
+}
+
+// running += momentum·(batch − running). Not written so, since an infinite value must not survive a momentum of 1.
+IABN_DEVICE void renew(const Output& running, int64_t c, A batch, double momentum) {
+  if (running.data == nullptr) return;
+  A before = value({running.data, running.dtype, running.stride}, c, 0);
+  put(running, c, before * A(1 - momentum) + batch * A(momentum));
+}
+
+// ---- activations -----------------------------------------------------------------------------------------------------
+
+// What dz and z are found from in a backward pass. The kernels for the output of leaky ReLU without a residual have no
+// code for anything else, and so need fewer registers.
+enum class From { leaky_output, output, input };
+
+// The activation as chosen when a kernel is launched: the branch is the same for all threads, and made once per vector.
+struct Activated {
+  Activation kind;
+  A param, lowest;
+
+  explicit Activated(const ActivationOptions& options)
+      : kind(options.kind),
+        param(options.kind == Activation::identity ? A(1) : A(options.param)),
+        lowest(A(options.lowest)) {}
+
+  bool is_leaky() const { return kind == Activation::leaky_relu || kind == Activation::identity; }
+
+  template <Activation activation>
+  IABN_DEVICE Act<activation, A> invertible() const {
+    return {param, 1 / param, lowest};
+  }
+  // Calls f with something that has forward(z).
+  template <bool any, typename F>
+  IABN_DEVICE void forward(F f) const {
+    if constexpr (any) {
+      switch (kind) {
+        case Activation::elu:
+          return f(invertible<Activation::elu>());
+        case Activation::silu:
+          return f(FromInput<Activation::silu, A>{param});
+        case Activation::hardswish:
+          return f(FromInput<Activation::hardswish, A>{param});
+        case Activation::relu6:
+          return f(FromInput<Activation::relu6, A>{param});
+        default:
+          break;
+      }
+    }
+    f(invertible<Activation::leaky_relu>());
+  }
+  // Calls f with something that has gradient(y, dy) and invert(y), or with From::input gradient(z, dy).
+  template <From from, typename F>
+  IABN_DEVICE void backward(F f) const {
+    if constexpr (from == From::input) {
+      switch (kind) {
+        case Activation::elu:
+          return f(FromInput<Activation::elu, A>{param});
+        case Activation::silu:
+          return f(FromInput<Activation::silu, A>{param});
+        case Activation::hardswish:
+          return f(FromInput<Activation::hardswish, A>{param});
+        case Activation::relu6:
+          return f(FromInput<Activation::relu6, A>{param});
+        default:
+          return f(FromInput<Activation::leaky_relu, A>{param});
+      }
+    } else {
+      if constexpr (from == From::output) {
+        if (kind == Activation::elu) return f(invertible<Activation::elu>());
+      }
+      f(invertible<Activation::leaky_relu>());
+    }
+  }
+};
+
+// ---- per-channel values ----------------------------------------------------------------------------------------------
+
+// What a pass multiplies with and adds. Normalisation and From::input: z = (x − mean)·scale + shift. With t = act⁻¹(y) −
+// residual, or From::input t = x − mean:
+//   sums      x̂ = t·factor + term
+//   gradient  dx = dz·scale + (t·factor + term)
+struct Channel {
+  A mean = 0, scale = 0, shift = 0, factor = 0, term = 0;
+};
+
 IABN_DEVICE A gamma_of(const AffineVectors& affine, int64_t c) {
   if (affine.weight.data == nullptr) return 1;
   return effective_scale(value(affine.weight, c, 1), A(affine.eps), affine.signed_scale);
 }
 
-IABN_DEVICE A scale_of(const AffineVectors& affine, int64_t c, A var) {
-  return gamma_of(affine, c) / sqrt(var + A(affine.eps));
+IABN_DEVICE Channel forward_of(const AffineVectors& affine, int64_t c, A mean, A var) {
+  return {mean, gamma_of(affine, c) / std::sqrt(var + A(affine.eps)), value(affine.bias, c, 0), 0, 0};
 }
 
-// x̂ of a channel from z
-struct Recovery {
-  A inverse, offset;
-
-  IABN_DEVICE Recovery(const AffineVectors& affine, int64_t c)
-      : inverse(inverse_scale(gamma_of(affine, c))), offset(-value(affine.bias, c, 0) * inverse) {}
-};
-
-// dx of a channel from dz and z
-struct Gradient {
-  A scale, slope, intercept;
-  bool centred;  // else in eval mode, where z may be infinite
-
-  Gradient() = default;
-  IABN_DEVICE Gradient(const AffineVectors& affine, int64_t c, A var, bool centred, A mean_dz, A mean_dz_xhat)
-      : scale(scale_of(affine, c, var)), slope(0), intercept(0), centred(centred) {
-    if (!centred) return;
-    slope = -scale * mean_dz_xhat * inverse_scale(gamma_of(affine, c));
-    intercept = -scale * mean_dz - value(affine.bias, c, 0) * slope;
+template <From from>
+IABN_DEVICE Channel sums_of(const AffineVectors& affine, int64_t c, A mean, A var) {
+  if constexpr (from == From::input) {
+    Channel channel = forward_of(affine, c, mean, var);
+    channel.factor = 1 / std::sqrt(var + A(affine.eps));
+    return channel;
+  } else {
+    A inverse = inverse_scale(gamma_of(affine, c));
+    return {0, 0, 0, inverse, -value(affine.bias, c, 0) * inverse};
   }
-  IABN_DEVICE A of(A dz, A z) const { return centred ? gradient_of_x(dz, z, scale, slope, intercept) : dz * scale; }
-};
+}
 
-// The activation as chosen when a kernel is launched: the branch is the same for all threads.
-struct Activated {
-  Act<Activation::leaky_relu, A> leaky;  // of slope 1 for the identity
-  Act<Activation::elu, A> elu;
-  bool is_elu;
-
-  explicit Activated(const ActivationOptions& options) : is_elu(options.kind == Activation::elu) {
-    A param = options.kind == Activation::identity ? A(1) : A(options.param);
-    leaky = {param, 1 / param, A(options.lowest)};
-    elu = {param, 1 / param, A(options.lowest)};
+// Without means (eval mode) dx = dz·scale.
+template <From from>
+IABN_DEVICE Channel gradient_of(const AffineVectors& affine, int64_t c, A mean, A var, A mean_dz, A mean_dz_xhat) {
+  Channel channel = forward_of(affine, c, mean, var);
+  A slope = -channel.scale * mean_dz_xhat, intercept = -channel.scale * mean_dz;
+  if constexpr (from == From::input) {
+    channel.factor = slope / std::sqrt(var + A(affine.eps));
+    channel.term = intercept;
+  } else {
+    channel.factor = slope * inverse_scale(gamma_of(affine, c));
+    channel.term = intercept - channel.shift * channel.factor;
   }
-  // Calls f with the activation itself: one branch for all elements of a vector.
-  template <typename F>
-  IABN_DEVICE void choose(F f) const {
-    if (is_elu) f(elu);
-    else f(leaky);
-  }
-};
+  return channel;
+}
 
-// ---- vectors of W elements -----------------------------------------------------------------------------------------
+// ---- vectors of W elements -------------------------------------------------------------------------------------------
 
 // As it is in memory. The words stay as they are until a value is used: were they taken apart when they are loaded, the
 // compiler would wait for one vector before it asks for the next.
@@ -128,94 +214,85 @@ IABN_DEVICE void store(const StridedTensor& o, int64_t offset, const Values<W>& 
   write_vector(static_cast<T*>(o.data) + offset, pack.raw);
 }
 
-// ---- sums that can be merged ---------------------------------------------------------------------------------------
+// ---- formulas of one vector ------------------------------------------------------------------------------------------
 
-// Σdz and Σdz·x̂
-struct Sums {
-  A dz = 0, product = 0;
+template <int W>
+struct Inputs {
+  Pack<W> x, residual;
+};
 
-  IABN_DEVICE void add(A d, A xhat) {
-    dz += d;
-    product += d * xhat;
+// act((x − origin − mean)·scale + shift [+ residual]); channel(i) is that of element i.
+template <bool any, int W, typename ChannelOf>
+IABN_DEVICE Values<W> activated(const Activated& act, const Inputs<W>& in, A origin, ChannelOf channel) {
+  Values<W> v = unpack(in.x), residual;
+  if constexpr (any) residual = unpack(in.residual);
+  act.forward<any>([&](const auto& chosen) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const Channel& c = channel(i);
+      v.v[i] = chosen.forward(normalized(v.v[i] - origin, c.mean, c.scale, c.shift) + residual.v[i]);
+    }
+  });
+  return v;
+}
+
+// The vectors at one place of what is kept, of dy, and of the residual, which is there with From::output alone.
+template <From from, int W>
+struct Gradients {
+  Pack<W> kept, dy, residual;
+
+  // Calls f(i, dz, t), with t as described at `Channel`.
+  template <typename ChannelOf, typename F>
+  IABN_DEVICE void each(const Activated& act, ChannelOf channel, F f) const {
+    Values<W> v = unpack(kept), d = unpack(dy), r;
+    if constexpr (from == From::output) r = unpack(residual);
+    act.backward<from>([&](const auto& chosen) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        if constexpr (from == From::input) {
+          const Channel& c = channel(i);
+          A t = v.v[i] - c.mean;
+          f(i, chosen.gradient(A(t * c.scale + c.shift), d.v[i]), t);
+        } else {
+          f(i, chosen.gradient(v.v[i], d.v[i]), A(chosen.invert(v.v[i]) - r.v[i]));
+        }
+      }
+    });
   }
 };
 
-// Moments of the values that one thread sees, from distances to the first of them. Its own share of the variance bounds
-// how far that one can lie from the mean, so that no more than log2(count) bits cancel.
-struct Distances {
-  A shift = 0, count = 0, sum = 0, squares = 0;
-
-  IABN_DEVICE void start(A x) {
-    if (count == 0) shift = x;
-  }
-  IABN_DEVICE void add(A x) {
-    A d = x - shift;
-    sum += d;
-    squares += d * d;
-  }
-  // With a mean that counts from `origin`.
-  IABN_DEVICE Moments<A> finished(A origin) const {
-    if (count == 0) return {};
-    A m2 = squares - sum * sum / count;
-    return {count, (shift - origin) + sum / count, m2 < 0 ? A(0) : m2};
-  }
-};
-
-// The first value of a channel. Means are merged as distances from it: were they merged as they are, a large one would
-// have lost the digits that the variance needs.
-IABN_DEVICE A origin(const StridedTensor& x, int64_t c) { return widen(static_cast<const T*>(x.data)[c * x.channel]); }
-
-IABN_DEVICE void merge(Moments<A>& a, const Moments<A>& b) { a.merge(b.count, b.mean, b.m2); }
-IABN_DEVICE void merge(Sums& a, const Sums& b) {
-  a.dz += b.dz;
-  a.product += b.product;
+template <From from, int W, typename Offset>
+IABN_DEVICE Gradients<from, W> load_gradients(const BackwardOperands& o, Offset at) {
+  Gradients<from, W> g;
+  g.kept = load<W>(o.kept, at(o.kept));
+  g.dy = load<W>(o.dy, at(o.dy));
+  if constexpr (from == From::output) g.residual = load_any<W>(o.residual, at(o.residual));
+  return g;
 }
 
-IABN_DEVICE Moments<A> from_lane(const Moments<A>& m, int mask) {
-  return {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.m2, mask)};
-}
-IABN_DEVICE Sums from_lane(const Sums& s, int mask) { return {shuffle_xor(s.dz, mask), shuffle_xor(s.product, mask)}; }
-
-// The merged items of all threads of a block of whole warps, to thread 0.
-template <typename Item>
-IABN_DEVICE Item merge_block(Item item) {
-  IABN_SHARED(Item, of_warp, 32);
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int mask = 16; mask > 0; mask /= 2) merge(item, from_lane(item, mask));
-  if (lane == 0) of_warp[warp] = item;
-  __syncthreads();
-  if (warp == 0) {
-    item = lane < warps ? of_warp[lane] : Item{};
-    for (int mask = 16; mask > 0; mask /= 2) merge(item, from_lane(item, mask));
-  }
-  return item;
-}
-
-// The merged items of all threads with the same threadIdx.x, to the one with threadIdx.y 0. blockDim.y is a power of two.
-template <int threads, int W, typename Item>
-IABN_DEVICE void merge_columns(Item (&items)[W]) {
-  IABN_SHARED(Item, upper, threads / 2 * W);
-  int y = threadIdx.y;
-  for (int half = blockDim.y / 2; half > 0; half /= 2) {
-    int at = y % half * blockDim.x + threadIdx.x;
-    if (y >= half && y < 2 * half) {
-      for (int i = 0; i < W; ++i) upper[i * (threads / 2) + at] = items[i];
-    }
-    __syncthreads();
-    if (y < half) {
-      for (int i = 0; i < W; ++i) merge(items[i], upper[i * (threads / 2) + at]);
-    }
-    __syncthreads();
+// Writes dx, and dz where it is asked for. Not `centred` is eval mode, where z may be infinite.
+template <From from, int W, typename ChannelOf, typename Offset>
+IABN_DEVICE void store_gradients(const Activated& act, const Gradients<from, W>& g, ChannelOf channel, bool centred,
+                                 const BackwardOperands& o, Offset at) {
+  Values<W> dx, dz;
+  g.each(act, channel, [&](int i, A dz_value, A t) {
+    const Channel& c = channel(i);
+    dz.v[i] = dz_value;
+    dx.v[i] = centred ? gradient_of_x(dz_value, t, c.scale, c.factor, c.term) : dz_value * c.scale;
+  });
+  store(o.dx, at(o.dx), dx);
+  if constexpr (from == From::output) {
+    if (o.dz.data != nullptr) store(o.dz, at(o.dz), dz);
   }
 }
 
-// ---- walks ---------------------------------------------------------------------------------------------------------
+// ---- walks -----------------------------------------------------------------------------------------------------------
 
 #ifndef IABN_UNDER_WAY
 #define IABN_UNDER_WAY 2
 #endif
-constexpr int kUnderWay =
-    IABN_UNDER_WAY;  // vectors of each operand that a thread has asked for before it uses the first
+// Vectors of each operand that a thread has asked for before it uses the first.
+constexpr int kUnderWay = IABN_UNDER_WAY;
 
 // Calls use(i, load(i)) for i from `begin` in steps to `end`, with several loads under way.
 template <int under_way = kUnderWay, typename Load, typename Use>
@@ -233,26 +310,6 @@ IABN_DEVICE void pipelined(int64_t begin, int64_t end, int64_t step, Load load, 
   }
 }
 
-// A vector of one channel: number `slot` of all its runs.
-struct Slot {
-  int64_t run, position;
-
-  template <int W>
-  IABN_DEVICE static Slot number(const Extent& s, int64_t slot) {
-    uint32_t per_run = uint32_t(s.inner / W), run = uint32_t(slot) / per_run;
-    return {int64_t(run), int64_t(uint32_t(slot) - run * per_run) * W};
-  }
-  // Where it lies in an operand.
-  IABN_DEVICE int64_t in(const StridedTensor& o, int64_t c) const { return run * o.outer + c * o.channel + position; }
-};
-
-template <int W>
-IABN_DEVICE int64_t slots(const Extent& s) {
-  return s.per_channel() / W;
-}
-
-IABN_DEVICE int64_t in_row(const StridedTensor& o, int64_t row, int64_t c) { return row * o.inner + c; }
-
 struct Share {
   int64_t tile, begin, end, part;
 };
@@ -264,12 +321,13 @@ IABN_DEVICE Share share_of_block(int64_t count, bool backward) {
   return {tile, part * count / parts, (part + 1) * count / parts, part};
 }
 
-// ---- formulas of one vector ----------------------------------------------------------------------------------------
-
-// act((x − mean)·scale + β [+ r])
-template <typename Activation>
-IABN_DEVICE A forward(const Activation& act, A x, A mean, A scale, A bias, A r) {
-  return act.forward(normalized(x, mean, scale, bias) + r);
+// Calls f(k, c + k) for the blockDim.x·W channels of a block of rows, each in one thread; c is the first of this thread.
+template <int W, typename F>
+IABN_DEVICE void for_channels(const Extent& s, int64_t c, F f) {
+  int64_t first = c - int64_t(threadIdx.x) * W;
+  for (unsigned k = threadIdx.y * blockDim.x + threadIdx.x; k < blockDim.x * W; k += blockDim.x * blockDim.y) {
+    if (first + k < s.end) f(k, first + k);
+  }
 }
 
 }  // namespace

@@ -22,8 +22,11 @@ Options = tuple[float, int, float, bool]  # eps, activation, its parameter, sign
 
 
 def kernels(x: Tensor) -> Any:
-    """The operators for the device of x; while a compiler is tracing, the formulas behind them, so that it can fuse."""
-    if torch.compiler.is_compiling() or chosen_backend() == "reference":
+    """The operators for the device of x. While a compiler is tracing, the formulas behind them, so that it can fuse;
+    inside `use_backend("native")` the operators even then."""
+    if torch.compiler.is_compiling():
+        return ops if chosen_backend() == "native" else reference
+    if chosen_backend() == "reference":
         return reference
     # The name of a device is a new string each time, which takes as long as the rest of this function.
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type

@@ -141,7 +141,9 @@ def forward(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    act = _activation_number(activation, activation_param, with_gradient)
+    compiling = torch.compiler.is_compiling()
+    number = activation_number if compiling else _activation_number
+    act = number(activation, activation_param, with_gradient)
     _check(x, weight, bias, running_mean, running_var, residual)
     if not training:
         if running_mean is None or running_var is None:
@@ -165,7 +167,6 @@ def forward(
     keep = None
     if with_gradient and keep_input is not False:
         keep = keep_input if isinstance(keep_input, Tensor) else torch.arange(x.size(1), device=x.device)
-    compiling = torch.compiler.is_compiling()
     everything = keep is not None and keep.numel() == x.size(1)  # then x is kept as it is
     # A compiler plans the memory itself. What is saved for the backward pass is the output either way.
     inplace = inplace and not compiling and not everything and may_overwrite(x, residual)

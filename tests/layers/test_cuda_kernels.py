@@ -38,33 +38,34 @@ def library(tmp_path_factory):
     ),
     dtype=st.sampled_from(list(on_host.DTYPES.values())),
     rows=st.booleans(),
-    activation=st.sampled_from([(0, 0.01), (1, 0.01), (1, 0.3), (2, 1.0), (2, 0.3)]),
+    activation=st.sampled_from([(0, 0.01), (1, 0.01), (1, 0.3), (2, 1.0), (2, 0.3), (3, 0.0), (4, 0.0), (5, 0.0)]),
     affine=st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     place=st.tuples(st.integers(0, 3), st.sampled_from([0, 0, 1, 8])),
     mean=st.sampled_from([0.0, 0.0, 100.0]),
     processors=st.sampled_from([1, 4, 40]),
+    group=st.sampled_from([None, None, 8, 16]),
     seed=st.integers(0, 1 << 30),
 )
 def test_every_kernel_agrees_with_the_formulas(
-    library, shape, dtype, rows, activation, affine, flags, place, mean, processors, seed
+    library, shape, dtype, rows, activation, affine, flags, place, mean, processors, group, seed
 ):
     joined, signed, in_place = flags
     on_host.check(
         library, shape, dtype, rows, seed=seed, activation=activation, affine=affine, joined=joined, signed=signed,
-        shift=place[0], gap=place[1], mean=mean, in_place=in_place, processors=processors,
+        shift=place[0], gap=place[1], mean=mean, in_place=in_place, processors=processors, group=group,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", on_host.DTYPES.values(), ids=on_host.DTYPES)
 def test_every_width_is_taken(library, dtype):
     widest = 16 // dtype.itemsize
-    assert on_host.check(library, (2, 3, 32), dtype, rows=False)[0].width == widest
-    assert on_host.check(library, (2, 3, 14 * 14), dtype, rows=False)[0].width == min(4, widest)
-    assert on_host.check(library, (2, 3, 32), dtype, rows=False, shift=1)[0].width == 1
-    assert on_host.check(library, (2, 16, 3), dtype, rows=True)[0].width == widest
-    assert on_host.check(library, (2, 12, 3), dtype, rows=True)[0].width == min(4, widest)
-    assert on_host.check(library, (2, 17, 3), dtype, rows=True)[0].width == 1
+    assert on_host.check(library, (2, 3, 32), dtype, rows=False)[0].plan.width == widest
+    assert on_host.check(library, (2, 3, 14 * 14), dtype, rows=False)[0].plan.width == min(4, widest)
+    assert on_host.check(library, (2, 3, 32), dtype, rows=False, shift=1)[0].plan.width == 1
+    assert on_host.check(library, (2, 16, 3), dtype, rows=True)[0].plan.width == widest
+    assert on_host.check(library, (2, 12, 3), dtype, rows=True)[0].plan.width == min(4, widest)
+    assert on_host.check(library, (2, 17, 3), dtype, rows=True)[0].plan.width == 1
 
 
 @pytest.mark.parametrize("kib", [48, 49])
@@ -77,8 +78,38 @@ def test_shared_memory_is_asked_for(library, kib):
 
 @pytest.mark.parametrize("rows", [True, False], ids=["rows", "planes"])
 def test_few_channels_are_split(library, rows):
-    plan = on_host.check(library, (2, 2, 8192), torch.float32, rows, processors=40)[0]
-    assert plan.parts > 1
+    results = on_host.check(library, (2, 2, 8192), torch.float32, rows, processors=40)
+    for result in results[:2]:
+        assert 1 < result.parts <= result.plan.most_parts
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "planes"])
+@pytest.mark.parametrize("processors", [1, 5, 16, 40])
+def test_all_blocks_of_a_split_channel_run_at_once(library, rows, processors):
+    # Three fit on a multiprocessor; one more would run alone after all others.
+    for result in on_host.check(library, (2, 40, 4096), torch.float32, rows, processors=processors):
+        assert result.parts == 1 or result.parts * result.plan.tiles <= 3 * processors
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_launches_of_a_training_step(library, fused):
+    """Two each way, one where a channel stays in shared memory, for all that a layer does."""
+    x = torch.randn((2, 4, 64) if fused else (2, 4, 8192))
+    vectors = {name: torch.rand(4) for name in ("mean", "var", "mean_dz", "mean_dz_xhat")}
+    options = (torch.rand(4), torch.rand(4), 1e-5, 1, 0.01, False)
+    y, dy, dx = (on_host.Guarded(x, x, False, 0, 0) for _ in range(3))
+    forward = [on_host.FUSED_FORWARD] if fused else [on_host.STATISTICS, on_host.NORMALIZE]
+    backward = [on_host.FUSED_BACKWARD] if fused else [on_host.GRADIENT_SUMS, on_host.INPUT_GRADIENT]
+    results = [library(operation, x, False, [y, None, y], options, **vectors) for operation in forward]
+    results += [library(operation, x, False, [y, dy, None, dx, None], options, **vectors) for operation in backward]
+    assert sum(result.launches for result in results) == (2 if fused else 4)
+
+
+@given(n=st.integers(0, 2**31 - 1), d=st.integers(1, 2**31 - 1))
+@settings(max_examples=500)
+def test_division_by_a_multiplication(library, n, d):
+    for number in (n, n // d * d, max(0, n // d * d - 1)):
+        assert library.divide(number, d) == number // d
 
 
 def test_a_channel_that_fits_is_read_once(library):
@@ -91,7 +122,7 @@ def test_the_same_input_gives_the_same_bits(library):
     x = torch.randn(2, 3, 1024)
     options = (None, None, 1e-5, 1, 0.01, False)
     results = [
-        library(on_host.STATISTICS, x, False, [on_host.Guarded(x, x, False, 0, 0)], options, processors=40)[:2]
+        library(on_host.STATISTICS, x, False, [on_host.Guarded(x, x, False, 0, 0)], options, processors=40).out[:2]
         for _ in range(3)  # blocks and threads take turns in another order each time
     ]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -104,7 +135,7 @@ def test_moments_of_values_far_from_zero(library):
     options = (None, None, 1e-5, 0, 1.0, False)
     for rows in (True, False):
         held = on_host.Guarded(stored, stored, rows, 0, 0)
-        _, var, _ = library(on_host.STATISTICS, stored, rows, [held], options)
+        var = library(on_host.STATISTICS, stored, rows, [held], options).out[1]
         assert ((var - exact).abs() < 1e-5 * exact).all()
 
 
@@ -113,13 +144,21 @@ PLANTED = {
         "    }\n    __syncthreads();\n    if (y < half) {", "    }\n    if (y < half) {",
     ),
     "no barrier before it is overwritten": (
-        "upper[i * (threads / 2) + at]);\n    }\n    __syncthreads();", "upper[i * (threads / 2) + at]);\n    }",
+        "upper[i * (kBlockThreads / 2) + at]);\n    }\n    __syncthreads();",
+        "upper[i * (kBlockThreads / 2) + at]);\n    }",
     ),
     "no barrier between the warps": (
         "of_warp[warp] = item;\n  __syncthreads();", "of_warp[warp] = item;",
     ),
     "no barrier before fused sums are read": (
         "  __syncthreads();\n  A count = A(s.per_channel());", "  A count = A(s.per_channel());",
+    ),
+    "no barrier before the values of the channels are read": (
+        "all[k] = values_of(channel); });\n  __syncthreads();", "all[k] = values_of(channel); });",
+    ),
+    "no barrier before the results of the columns are read": (
+        "done[threadIdx.x * W + i] = items[i];\n  }\n  __syncthreads();",
+        "done[threadIdx.x * W + i] = items[i];\n  }",
     ),
     "the last vector of a channel is missed": (
         "if (first + u * step < end) use(", "if (first + u * step < end - 1) use(",
@@ -128,10 +167,19 @@ PLANTED = {
         "return {tile, part * count / parts,", "return {tile, part * count / parts + (part > 0),",
     ),
     "channels beyond the last are written": (
-        "  if (c >= s.channels) return;\n  bool centred", "  bool centred",
+        "  if (c >= s.end) return;\n  auto load_row", "  auto load_row",
     ),
     "a thread takes its neighbour's warp": (
         "lane < warps ? of_warp[lane]", "lane < warps - 1 ? of_warp[lane]",
+    ),
+    "the last part of a plane is left out": (
+        "p = threadIdx.x; p < gridDim.y;", "p = threadIdx.x; p < gridDim.y - 1;",
+    ),
+    "the first block finishes, not the last": (
+        "bool last = *before == gridDim.y - 1;", "bool last = *before == 0;",
+    ),
+    "the counter of a tile stays": (
+        "count_up(&arrived[blockIdx.x], gridDim.y - 1)", "count_up(&arrived[blockIdx.x], gridDim.y)",
     ),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math"]
 DRIVER_FLAGS = ["-O1", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # it only prepares what the kernels do
 CUDA_DTYPES = ("f32", "f64", "bf16", "f16")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-CUDA_FLAGS_VARIABLE = "IABN_HUB_CUDA_FLAGS"  # further flags, such as -DIABN_BLOCKS_PER_PROCESSOR=3, for measurements
+CUDA_FLAGS_VARIABLE = "IABN_HUB_CUDA_FLAGS"  # further flags, such as -DIABN_UNDER_WAY=4, for measurements
 CUDA_STRICT = ["-Werror=all-warnings", "-Xptxas=-v"]  # for what is published
 # What a wheel carries: from Turing to Blackwell, and code that the driver compiles for what comes later.
 CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")

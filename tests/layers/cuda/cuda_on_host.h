@@ -58,6 +58,7 @@ struct Block {
 inline Block* current;
 inline std::map<const void*, size_t> allowed;  // dynamic shared memory, by kernel
 inline std::mt19937 order{12345};
+inline int64_t launches = 0, parts = 0;  // so far; of the last one
 
 [[noreturn]] inline void die(const char* why) {
   std::fprintf(stderr, "cuda_on_host: %s\n", why);
@@ -129,6 +130,7 @@ inline void run_block(Block& b) {
 template <typename F>
 void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, F body) {
   if (grid.y > 65535 || block.x * block.y * block.z > 1024) die("a grid or a block is too large");
+  ++launches, parts = grid.y;
   Block b;
   b.grid = grid, b.block = block, b.body = body;
   b.dynamic_shared.resize(shared_bytes);
@@ -184,8 +186,22 @@ namespace iabn::cuda {
 
 // As on a device: beyond 48 KiB only after this.
 template <typename Kernel>
-void allow_shared(Kernel* kernel, int64_t bytes) {
+void allow_shared(Kernel* kernel, int64_t, int64_t bytes) {
   on_host::allowed[reinterpret_cast<const void*>(kernel)] = size_t(bytes);
+}
+
+template <typename Kernel>
+int64_t blocks_per_processor(Kernel*, int64_t, int64_t) {
+  return 3;
+}
+
+inline float read_through(const float* from) { return *from; }
+inline double read_through(const double* from) { return *from; }
+inline void write_before_others() {}
+inline unsigned count_up(unsigned* counter, unsigned last) {
+  unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
 }
 
 struct BFloat16 {
