@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .builder import build
 from .network import Network, NormFactory, named_sequence, norm_factory, stage_strides
+from .pooling import MaxPool2d
 from .preactivation import PreActivationBlock
 from .timm_config import default_cfgs_of
 
@@ -65,7 +66,7 @@ class WiderResNet(Network):
         plan = stage_strides((2, 2, 2, 2, 2, 1), 1, output_stride)
         for number, (depth, widths, (stride, dilation, reduction)) in enumerate(zip(layers, WIDTHS, plan), start=1):
             pools = number <= (2 if a2 else 5)
-            pool = nn.MaxPool2d(3, stride=stride, padding=1)
+            pool = MaxPool2d(3, stride=stride, padding=1)
             before = {"pool": pool} if pools and number > 1 else {}
             if number == 1:
                 self.maxpool = pool

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
+from .pooling import MaxPool2d
 
 NORM_LAYERS = {"iabn": InPlaceABN, "iabn_sync": InPlaceABNSync, "abn": ABN}
 NormFactory = Callable[..., nn.Module]
@@ -88,7 +89,7 @@ class Network(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.feature_info: List[Dict[str, Any]] = []
-        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool: nn.Module = MaxPool2d(3, stride=2, padding=1)
         self._first_pool = global_pool
 
     def finish(self, num_features: int, norm: nn.Module, activation: str, activation_param: float, where: Any) -> None:

@@ -1,0 +1,72 @@
+"""Max pooling that keeps a byte of each output: the same bits as torch's, and fewer of them kept."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from iabn_hub.models.pooling import MaxPool2d
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(3, 40), st.integers(3, 40)),
+    kernel=st.integers(1, 15),
+    stride=st.integers(1, 16),
+    ceil_mode=st.booleans(),
+    padded=st.booleans(),
+    channels_last=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_results_and_gradients_are_those_of_torch(shape, kernel, stride, ceil_mode, padded, channels_last, dtype, seed):
+    torch.manual_seed(seed)
+    padding = kernel // 2 if padded else 0
+    if min(shape[2:]) + 2 * padding < kernel:
+        return
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(shape).relu().to(dtype).contiguous(memory_format=form)  # many values are equal
+    if seed % 5 == 0:
+        x[0, 0, 1, 1] = float("nan")
+    results = []
+    for pool in (MaxPool2d, nn.MaxPool2d):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = pool(kernel, stride, padding, ceil_mode=ceil_mode)(leaf)
+        torch.manual_seed(seed)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), leaf.grad))
+    for ours, theirs in zip(*results):
+        assert ours.is_contiguous(memory_format=form) == theirs.is_contiguous(memory_format=form)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_byte_of_each_output_is_kept():
+    kept = []
+    x = torch.randn(2, 3, 20, 20, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = MaxPool2d(3, 2, 1)(x)
+    assert [t.dtype for t in kept] == [torch.uint8]
+    assert kept[0].numel() == y.numel()
+
+
+def test_derivatives():
+    pool, x = MaxPool2d(3, 2, 1), torch.randn(1, 2, 6, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(pool, x)
+    assert torch.autograd.gradgradcheck(pool, x)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 17}, {"kernel_size": 3, "dilation": 2}, {"kernel_size": (3, 2)}])
+def test_what_does_not_fit_is_left_to_torch(options):
+    x = torch.randn(1, 2, 30, 30, requires_grad=True)
+    assert torch.equal(MaxPool2d(**options)(x), nn.MaxPool2d(**options)(x))
+
+
+def test_compilers_tracers_and_transforms():
+    pool, x = MaxPool2d(3, 2, 1), torch.randn(2, 3, 9, 9, requires_grad=True)
+    expected = nn.MaxPool2d(3, 2, 1)(x)
+    assert torch.equal(torch.jit.script(pool)(x), expected)
+    assert torch.equal(torch.fx.symbolic_trace(pool)(x), expected)
+    assert torch.equal(torch.vmap(pool)(x[None])[0], expected)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    assert torch.equal(torch.func.grad(lambda v: pool(v).sum())(x.detach()), gradient)
