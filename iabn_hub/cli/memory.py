@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
+from ..conversion.explain import explanation
 from ..conversion.recording import METHODS
-from ..models.libraries import create_from_library, measure_conversion
+from ..models.libraries import create_from_library, explain_memory, measure_conversion
 from ..world import usable_device
 from .frame import device_option, json_option, print_json
 
@@ -26,10 +29,20 @@ SMALLEST = 0.01  # share of the bytes that a layer must keep to be listed
 @click.option("--size", type=click.IntRange(1), help="Height and width of the images; default: the network's own.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="As in iabn_hub.convert.")
 @click.option("--all", "show_all", is_flag=True, help="Also list the layers that keep less than 1 %.")
+@click.option(
+    "--explain", is_flag=True, help="List every tensor that the network keeps as it is, and which operators keep it."
+)
 @device_option
 @json_option
 def command(
-    model: str, batch_size: int, size: int | None, method: str, show_all: bool, device: str | None, as_json: bool
+    model: str,
+    batch_size: int,
+    size: int | None,
+    method: str,
+    show_all: bool,
+    explain: bool,
+    device: str | None,
+    as_json: bool,
 ) -> None:
     """Show what a network keeps for the backward pass, and what it would keep after iabn_hub.convert.
 
@@ -40,15 +53,25 @@ def command(
     \b
     Examples:
       iabn-hub memory torchvision.resnet50
+      iabn-hub memory resnet50_iabn --explain
       iabn-hub memory efficientnet_b0 --batch-size 32 --size 288 --json
     """
     network, usual = create_from_library(model)
     where = usable_device(device)
     side = size or usual[-1]
+    facts = {"model": model, "batch_size": batch_size, "size": side, "device": str(where), "dtype": "float32"}
+    heading = f"{model}, batch {batch_size} at {side}×{side}, float32, MB"
+    if explain:
+        tensors = explain_memory(model, network.to(where), (batch_size, usual[0], side, side))
+        if as_json:
+            print_json(facts | {"tensors": [dataclasses.asdict(t) for t in tensors]})
+        else:
+            print(heading)
+            print("\n".join(explanation(tensors, 0 if show_all else SMALLEST)))
+        return
     report = measure_conversion(model, network.to(where), (batch_size, usual[0], side, side), method)
     if as_json:
-        facts = {"model": model, "batch_size": batch_size, "size": side, "device": str(where), "dtype": "float32"}
         print_json(facts | report.to_json())
     else:
-        print(f"{model}, batch {batch_size} at {side}×{side}, float32, MB")
+        print(heading)
         print("\n".join(report.table(0 if show_all else SMALLEST)))

@@ -102,9 +102,9 @@ def measure(model: nn.Module, sample: Sample, hooks: Any = None) -> Measurement:
             "the network has lazy modules: run it once, so that they know their shapes, and then convert it"
         )
     observer = Observer(model)
-    sample = _copied(sample)
+    sample = copied(sample)
     call = caller(model, sample)
-    with _unchanged(model), _gradients_allocated(model):
+    with unchanged(model), _gradients_allocated(model):
         given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
         outside = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *given]}
         plain = torch.autograd.graph.saved_tensors_hooks(
@@ -132,7 +132,7 @@ def caller(model: nn.Module, sample: Sample) -> Callable[[], Any]:
     return (lambda: model(*sample)) if isinstance(sample, tuple) else (lambda: model(sample))
 
 
-def _copied(sample: Any) -> Any:
+def copied(sample: Any) -> Any:
     """Tensors that the network may overwrite, and whose gradients are of no account."""
     return tree_map(
         lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, sample
@@ -141,8 +141,8 @@ def _copied(sample: Any) -> Any:
 
 def outputs_of(model: nn.Module, sample: Sample) -> list[Tensor]:
     """The tensors that the network returns, in the mode it is in."""
-    with _unchanged(model), torch.no_grad():
-        return _floating(caller(model, _copied(sample))())
+    with unchanged(model), torch.no_grad():
+        return _floating(caller(model, copied(sample))())
 
 
 def relative_change(before: list[Tensor], after: list[Tensor]) -> float:
@@ -164,7 +164,7 @@ def _loss(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Parameters, buffers and random state are as before afterwards, and hooks on gradients do not run."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     registered = [p._post_accumulate_grad_hooks for p in model.parameters()]

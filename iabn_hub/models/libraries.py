@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 
 from ..checkpoints.errors import UnknownNameError
 from ..conversion import convert
+from ..conversion.explain import KeptTensor, kept_tensors
 from ..conversion.report import Report
 
+T = TypeVar("T")
 TORCHVISION = "torchvision."
 
 
@@ -50,9 +53,17 @@ def measure_conversion(name: str, network: nn.Module, shape: tuple[int, ...], me
     Raises:
         ValueError: a training step on such images fails.
     """
-    sample = torch.randn(shape, device=next(network.parameters()).device)
+    return _on_images(name, network, shape, lambda sample: convert(network.train(), sample, method=method))
+
+
+def explain_memory(name: str, network: nn.Module, shape: tuple[int, ...]) -> list[KeptTensor]:
+    """The tensors that a training step on random images of this shape keeps; errors as of `measure_conversion`."""
+    return _on_images(name, network, shape, lambda sample: kept_tensors(network.train(), sample))
+
+
+def _on_images(name: str, network: nn.Module, shape: tuple[int, ...], run: Callable[[torch.Tensor], T]) -> T:
     try:
-        return convert(network.train(), sample, method=method)
+        return run(torch.randn(shape, device=next(network.parameters()).device))
     except (RuntimeError, TypeError, IndexError, AttributeError) as e:
         raise ValueError(
             f"{name}: a training step on images of {tuple(shape)} fails: {(str(e).splitlines() or [''])[0]}"

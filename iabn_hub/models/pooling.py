@@ -19,7 +19,7 @@ class MaxPool2d(nn.MaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """The pooled (N, C, H', W') of an input (N, C, H, W)."""
         if torch.jit.is_scripting() or not self._fits(input):  # type: ignore[attr-defined]
-            return F.max_pool2d(  # type: ignore[call-overload,no-any-return]
+            return F.max_pool2d(  # type: ignore[call-overload]
                 input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
             )
         return self._small(input)
@@ -38,11 +38,11 @@ class MaxPool2d(nn.MaxPool2d):
 
     @torch.jit.unused
     def _small(self, x: Tensor) -> Tensor:
-        y: Tensor = _MaxPool.apply(x, self.kernel_size, self.stride, self.padding, self.ceil_mode)
+        y: Tensor = MaxPool.apply(x, self.kernel_size, self.stride, self.padding, self.ceil_mode)
         return y
 
 
-class _MaxPool(torch.autograd.Function):
+class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int, ceil_mode: bool) -> Tensor:
         y, index = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode, return_indices=True)

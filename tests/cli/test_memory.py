@@ -37,3 +37,19 @@ def test_table_and_json_agree(name, capsys):
 def test_errors(arguments, code, message, capsys):
     assert main(["memory", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "torchvision.shufflenet_v2_x0_5", "test_resnet_iabn"])
+def test_every_tensor_is_explained(name, capsys):
+    line = ["memory", name, "--batch", "2", "--size", "64"]
+    assert main([*line, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)["kept"]["before"]
+    assert main([*line, "--explain", "--json"]) == 0
+    tensors = json.loads(capsys.readouterr().out)["tensors"]
+    assert sum(t["bytes"] for t in tensors) == before
+    assert all(t["bytes"] and t["kept_by"] and t["kept_by"] != ["?"] for t in tensors)
+    assert any("Convolution.input" in t["kept_by"] for t in tensors)
+    assert main([*line, "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].split() == [str(len(tensors)), "tensors", "in", "all", f"{before / 1e6:.2f}"]
