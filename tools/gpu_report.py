@@ -200,6 +200,7 @@ def step(network, way, mode):
         optimizer.step()
 
     side = torch.cuda.Stream()  # what a graph captures must have run on another stream before
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side) if mode == "graph" else contextlib.nullcontext():
         for _ in range(WARMUP):
             one()

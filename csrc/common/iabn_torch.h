@@ -31,6 +31,10 @@ Dtype dtype_of(const Tensor& t) {
   }
 }
 
+void check_counts(const Tensor& num_batches) {
+  STD_TORCH_CHECK(num_batches.scalar_type() == ScalarType::Long, "iabn_hub: the number of batches must be int64");
+}
+
 // A new tensor on the device of `like`. torch::stable::new_empty and empty_like take twice as long: they go through the
 // dispatcher.
 Tensor new_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {

@@ -128,6 +128,7 @@ std::tuple<Tensor, Tensor> batch_normalize_into(Tensor y, const Tensor& x, const
   out.mean = output_of(mean), out.var = output_of(var);
   if (running.num_batches) {
     check_device(*running.num_batches, x);
+    check_counts(*running.num_batches);
     out.num_batches = static_cast<int64_t*>(running.num_batches->data_ptr());
   }
   if (x.numel() == 0) {  // the batch counts, but says nothing

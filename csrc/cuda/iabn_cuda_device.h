@@ -34,16 +34,18 @@
 namespace iabn::cuda {
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("iabn_hub: CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next launch would report it again
+  throw std::runtime_error(std::string("iabn_hub: CUDA: ") + cudaGetErrorString(error));
 }
 
 // What is asked of the driver once per kernel and device, since each question takes as long as a launch.
 template <typename Kernel, typename Ask>
 int64_t once(Kernel* kernel, int64_t device, Ask ask) {
   thread_local std::map<std::pair<const void*, int64_t>, int64_t> answers;
-  auto [found, is_new] = answers.try_emplace({reinterpret_cast<const void*>(kernel), device}, 0);
-  if (is_new) found->second = ask();
-  return found->second;
+  std::pair<const void*, int64_t> key{reinterpret_cast<const void*>(kernel), device};
+  auto found = answers.find(key);
+  return found != answers.end() ? found->second : answers[key] = ask();
 }
 
 // A block may have more than 48 KiB of shared memory, its static part included, only if the kernel says so beforehand.

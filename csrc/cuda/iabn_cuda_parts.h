@@ -50,7 +50,7 @@ IABN_DEVICE void put(const Output& v, int64_t c, A value) {
   }
 }
 
-// running += momentum·(batch − running). Not written so, since an infinite value must not survive a momentum of 1.
+// running += momentum·(batch − running)
 IABN_DEVICE void renew(const Output& running, int64_t c, A batch, double momentum) {
   if (running.data == nullptr) return;
   A before = value({running.data, running.dtype, running.stride}, c, 0);

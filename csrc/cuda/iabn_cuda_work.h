@@ -18,43 +18,57 @@ namespace {
 
 // ---- the device ------------------------------------------------------------------------------------------------------
 
+void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // else the next launch would report it again
+  STD_TORCH_CHECK(error == cudaSuccess, "iabn_hub: CUDA: ", cudaGetErrorString(error));
+}
+
 // Asked of the driver once per device.
 const Device& device_of(const Tensor& t) {
   thread_local std::map<int64_t, Device> known;
   int index = t.get_device_index();
-  auto [found, is_new] = known.try_emplace(index);
-  if (is_new) {
-    auto attribute = [index](cudaDeviceAttr which) {
-      int value = 0;
-      cudaError_t error = cudaDeviceGetAttribute(&value, which, index);
-      STD_TORCH_CHECK(error == cudaSuccess, "iabn_hub: CUDA: ", cudaGetErrorString(error));
-      return int64_t(value);
-    };
-    found->second = {index, attribute(cudaDevAttrMultiProcessorCount),
-                     attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrL2CacheSize)};
-  }
-  return found->second;
+  auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  auto attribute = [index](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, index));
+    return int64_t(value);
+  };
+  Device device = {index, attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                   attribute(cudaDevAttrL2CacheSize)};
+  return known.emplace(index, device).first->second;
 }
 
 // A zero for each tile, which the kernels leave as they found it. Those of a stream serve all launches on it, one after
 // the other. In a graph they are new, since it may be replayed on another stream, beside this one.
 unsigned* zeros(int64_t tiles, const Tensor& like, void* stream, std::vector<Tensor>& kept) {
+  constexpr int64_t kMost = 1 << 16;
+  auto cuda_stream = static_cast<cudaStream_t>(stream);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  STD_TORCH_CHECK(error == cudaSuccess, "iabn_hub: CUDA: ", cudaGetErrorString(error));
-  if (status != cudaStreamCaptureStatusNone) {
+  check_cuda(cudaStreamIsCapturing(cuda_stream, &status));
+  if (status != cudaStreamCaptureStatusNone || tiles > kMost) {
     kept.push_back(torch::stable::new_zeros(like, {tiles}, ScalarType::Int));
     return static_cast<unsigned*>(kept.back().data_ptr());
   }
-  // Never freed: at the end of the process there may be no device left to free them on.
-  static auto& of_streams = *new std::map<std::pair<int64_t, void*>, Tensor>();
+  // By the number of a stream, since a new one may have the handle of one that is gone. Not from torch's allocator, which
+  // may be handing out memory of a pool that is given back. Never freed: at the end of the process there may be no device.
+  static auto& of_streams = *new std::map<std::pair<int64_t, unsigned long long>, unsigned*>();
   static auto& access = *new std::mutex();
   std::lock_guard guard(access);
-  auto [found, is_new] = of_streams.try_emplace({like.get_device_index(), stream});
-  if (is_new || found->second.numel() < tiles) {
-    found->second = torch::stable::new_zeros(like, {std::max<int64_t>(tiles, 4096)}, ScalarType::Int);
+  unsigned long long number = 0;
+  check_cuda(cudaStreamGetId(cuda_stream, &number));
+  unsigned*& found = of_streams[{like.get_device_index(), number}];
+  if (found == nullptr) {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // another thread may be capturing
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode));
+    unsigned* made = nullptr;
+    cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&made), kMost * sizeof(unsigned));
+    if (error == cudaSuccess) error = cudaMemsetAsync(made, 0, kMost * sizeof(unsigned), cuda_stream);
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode));
+    check_cuda(error);
+    found = made;
   }
-  return static_cast<unsigned*>(found->second.data_ptr());
+  return found;
 }
 
 // ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -128,11 +142,16 @@ struct Work {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &launch.stream));
   }
 
-  // Room for the parts of every channel.
+  // Room for the parts of every channel, if there may be several.
   void need_partial() {
-    ScalarType accumulate = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-    kept.push_back(new_vector(kept.front(), 3 * launch.plan.most_parts * launch.shape.channels, accumulate));
-    launch.partial = kept.back().data_ptr();
+    int64_t parts = launch.plan.most_parts;
+    if (parts == 1) return;
+    if (parts > room) {
+      ScalarType accumulate = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+      kept.push_back(new_vector(kept.front(), 3 * parts * launch.shape.channels, accumulate));
+      launch.partial = kept.back().data_ptr();
+      room = parts;
+    }
     launch.arrived = zeros(launch.plan.tiles, kept.front(), launch.stream, kept);
   }
   bool fuse(int64_t tensors) {
@@ -157,7 +176,7 @@ struct Work {
  private:
   std::vector<Tensor> kept;  // until the kernels are queued: the allocator gives memory back in the order of the stream
   std::vector<std::pair<Tensor, Tensor>> back;
-  int64_t alignment;
+  int64_t alignment, room = 0;  // room: parts for which there is memory
 
   void set_channels(int64_t begin, int64_t end) {
     launch.shape.begin = begin, launch.shape.end = end;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,9 @@ import torch
 
 from ..benchmarks.layer import LayerOptions, measure_layer
 from ..benchmarks.memory import NETWORKS, measure_memory
+from ..benchmarks.plots import draw
+from ..benchmarks.step import BASELINE, DTYPES, WAYS, StepOptions, add_largest_batches, measure_steps, summarised
+from ..benchmarks.step import NETWORKS as STEP_NETWORKS
 from ..benchmarks.training import TrainingOptions, measure_training
 from ..world import init_world, usable_device
 from .frame import device_option, json_option, options, print_json, workers_option
@@ -55,6 +59,53 @@ def memory(networks: tuple[str, ...], batch_size: int, **given: Any) -> None:
     result = measure_memory(networks or NETWORKS, batch_size, device, not given["no_compile"], report)
     if given["as_json"]:
         print_json(result)
+
+
+@command.command("step")
+@click.argument("networks", metavar="[NAME]…", nargs=-1)
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option(
+    "--size", type=click.IntRange(min=1), default=224, show_default=True, help="Height and width of the images."
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of autocast.")
+@click.option("--nchw", is_flag=True, help="Images and weights as NCHW, in place of channels_last.")
+@click.option("--way", "ways", metavar="WAY", multiple=True, help=f"Only this, and {BASELINE}; repeat it for several.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--fit", metavar="BYTES", type=click.FloatRange(min=1e6), help="Also find the largest batch that fits.")
+@click.option(
+    "--plot", metavar="FOLDER", type=click.Path(file_okay=False, path_type=Path), help="Draw NAME.svg and .png."
+)
+@common
+def step(networks: tuple[str, ...], nchw: bool, ways: tuple[str, ...], **given: Any) -> None:
+    """Memory and time of a training step: standard, in place, converted, checkpointed, compiled.
+
+    NAME is a network of 'iabn-hub list', or of timm or torchvision as for 'iabn-hub memory'. All ways run in one
+    process, in turn. "step" is the time of a forward and a backward pass relative to the standard network; "kept" and
+    "peak" are bytes of the allocator, relative to it.
+
+    \b
+    Examples:
+      iabn-hub benchmark step resnet50_iabn --no-compile
+      iabn-hub benchmark step efficientnet_b0 --way converted --fit 2e9
+      iabn-hub benchmark step --json > step.json        the table of the documentation, 40 minutes on 2 cores
+    """
+    device, report = _prepare(given)
+    unknown = set(ways) - {way.name for way in WAYS}
+    if unknown:
+        known = ", ".join(repr(way.name) for way in WAYS)
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose of {known}", param_hint="'--way'")
+    options = StepOptions(
+        given["batch_size"], given["size"], device, given["dtype"], not nchw, not given["no_compile"],
+        rounds=given["rounds"], ways=ways,
+    )  # fmt: skip
+    result = measure_steps(networks or STEP_NETWORKS, options, report)
+    if given["fit"]:
+        add_largest_batches(result, int(given["fit"]), options, report)
+    if given["plot"]:
+        for path in draw(result, given["plot"]):
+            report(f"wrote {path}")
+    if given["as_json"]:
+        print_json(summarised(result))
 
 
 @command.command("training")

@@ -104,7 +104,7 @@ def measure(model: nn.Module, sample: Sample, hooks: Any = None) -> Measurement:
     observer = Observer(model)
     sample = copied(sample)
     call = caller(model, sample)
-    with unchanged(model), _gradients_allocated(model):
+    with unchanged(model), gradients_allocated(model):
         given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
         outside = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *given]}
         plain = torch.autograd.graph.saved_tensors_hooks(
@@ -184,7 +184,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gradients_allocated(model: nn.Module) -> Iterator[None]:
+def gradients_allocated(model: nn.Module) -> Iterator[None]:
     """Zeros as gradients of the parameters, and then those of before."""
     parameters = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     for p, _ in parameters:

@@ -25,7 +25,7 @@ def kernels(x: Tensor) -> Any:
     """The operators for the device of x. While a compiler is tracing, the formulas behind them, so that it can fuse;
     inside `use_backend("native")` the operators even then."""
     if torch.compiler.is_compiling():
-        return ops if chosen_backend() == "native" else reference
+        return ops if chosen_backend() == "native" and _loads_native(x.device.type) else reference
     if chosen_backend() == "reference":
         return reference
     # The name of a device is a new string each time, which takes as long as the rest of this function.
@@ -35,6 +35,12 @@ def kernels(x: Tensor) -> Any:
 
         return inductor
     return ops
+
+
+@torch.compiler.assume_constant_result
+def _loads_native(device_type: str) -> bool:
+    """Load the kernels while a compiler is tracing; raises what `use_native` does."""
+    return use_native(device_type).backend == "native"
 
 
 def normalize(
@@ -66,13 +72,13 @@ def batch_normalize(
     options: Options,
     inplace: bool,
     running: Running,
-) -> tuple[Tensor, Tensor]:
-    """y and the variance of the batch; y is x itself, overwritten, if `inplace`. Renews what `running` has."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and variance of the batch; y is x itself, overwritten, if `inplace`. Renews what `running` has."""
     if inplace:
-        _, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options, *running)
-        return x, var
-    y, _, var = kernels(x).batch_normalize(x, weight, bias, residual, *options, *running)
-    return y, var
+        mean, var = kernels(x).batch_normalize_(x, weight, bias, residual, *options, *running)
+        return x, mean, var
+    result: tuple[Tensor, Tensor, Tensor] = kernels(x).batch_normalize(x, weight, bias, residual, *options, *running)
+    return result
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +110,10 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class BatchNormalize(torch.autograd.Function):
-    """A training step of one process: from x to y, with statistics whose part in the gradient is in that of x."""
+    """A training step of one process: from x to y, with statistics whose part in the gradient is in that of x.
+
+    They come out in the list `found`, if there is one: a function that overwrites a view may return one tensor only.
+    """
 
     @staticmethod
     def forward(
@@ -116,8 +125,11 @@ class BatchNormalize(torch.autograd.Function):
         options: Options,
         inplace: bool,
         running: Running,
+        found: list[Tensor] | None,
     ) -> Tensor:
-        y, var = batch_normalize(x, weight, bias, residual, options, inplace, running)
+        y, mean, var = batch_normalize(x, weight, bias, residual, options, inplace, running)
+        if found is not None:
+            found.extend((mean, var))
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(y, weight, bias, residual, var)
@@ -145,7 +157,7 @@ class BatchNormalize(torch.autograd.Function):
             d_weight if want_weight else None,
             d_bias if want_bias else None,
             _residual_gradient(needed, options, dy, dz),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 

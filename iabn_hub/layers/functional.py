@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from . import distributed, reference
 from .activations import activation_number
-from .autograd import BatchNormalize, Normalize, Options, batch_normalize, kernels, normalize
+from .autograd import BatchNormalize, Normalize, Options, Running, batch_normalize, kernels, normalize
 from .overwriting import may_overwrite
 from .standard import batch_norm_act
 
@@ -165,7 +165,7 @@ def forward(
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     keep = None
-    if with_gradient and keep_input is not False:
+    if with_gradient and (isinstance(keep_input, Tensor) or keep_input):
         keep = keep_input if isinstance(keep_input, Tensor) else torch.arange(x.size(1), device=x.device)
     everything = keep is not None and keep.numel() == x.size(1)  # then x is kept as it is
     # A compiler plans the memory itself. What is saved for the backward pass is the output either way.
@@ -177,7 +177,7 @@ def forward(
         mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
         tensors = (x, weight, bias, residual)
         return _normalize(tensors, mean, var, None, options, inplace, distributed.ALONE, keep, with_gradient)
-    if peers.count > 1 or keep is not None or compiling or isinstance(momentum, Tensor):
+    if peers.count > 1 or keep is not None or compiling:
         y = _in_steps(
             (x, weight, bias, residual), running_mean, running_var, momentum, options, inplace, peers, keep,
             with_gradient,
@@ -187,15 +187,32 @@ def forward(
         return y
     if x.size(0) == 1 and values_per_channel(x) == 1:
         raise one_value_per_channel(x)
-    running = (running_mean, running_var, num_batches, momentum)
-    if with_gradient:
-        y = BatchNormalize.apply(x, weight, bias, residual, options, inplace, running)
+    # The operator counts where it can, and renews the running statistics unless momentum is on the device.
+    counted = (
+        num_batches
+        if num_batches is not None and num_batches.dtype == torch.int64 and num_batches.get_device() == x.get_device()
+        else None
+    )
+    found: list[Tensor] | None = None
+    running: Running
+    if isinstance(momentum, Tensor):
+        found, running = [], (None, None, counted, 0.0)
     else:
-        y, _ = batch_normalize(x, weight, bias, residual, options, inplace, running)
+        running = (running_mean, running_var, counted, momentum)
+    if with_gradient:
+        y = BatchNormalize.apply(x, weight, bias, residual, options, inplace, running, found)
+    else:
+        y, mean, var = batch_normalize(x, weight, bias, residual, options, inplace, running)
+        if found is not None:
+            found.extend((mean, var))
         if inplace:
             _overwritten(y)
-    written = [v for v in (running_mean, running_var, num_batches) if v is not None and not v.is_inference()]
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version([v for v in running[:3] if v is not None and not v.is_inference()])
+    if num_batches is not None and counted is None:
+        num_batches.add_(1)
+    if found is not None and running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            track_statistics(running_mean, running_var, found[0], found[1], values_per_channel(x), momentum)
     return y
 
 
@@ -327,5 +344,4 @@ def track_statistics(
             torch.autograd.graph.increment_version((running_mean, running_var))
         return
     for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * correction)):
-        # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
         running.mul_(1 - momentum).add_((batch * share).to(running.dtype))

@@ -261,7 +261,6 @@ def update_statistics_(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, correction: float
 ) -> None:
     for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * correction)):
-        # mul and add, not lerp: a running inf or NaN must not survive momentum 1.
         running.mul_(1 - momentum).add_(batch, alpha=share)
 
 

@@ -173,35 +173,6 @@ def test_fused_backward_is_both_passes(signed, dtypes):
         assert_same(ours, exact.to(ours.dtype), 1e-6 if ours.dtype != torch.bfloat16 else 8e-3)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.sampled_from([(0, 5), (2, 1), (3, 20, 7), (2, 33, 4, 4), (40, 17)]),
-    running=st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
-    stored=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    counted=st.booleans(),
-    momentum=st.sampled_from([0.0, 0.1, 1.0]),
-    inplace=st.booleans(),
-    seed=st.integers(0, 1 << 30),
-)
-def test_a_training_step_renews_the_running_statistics(shape, running, stored, counted, momentum, inplace, seed):
-    torch.manual_seed(seed)
-    x = (torch.randn(shape) * 3 + 1).to(stored)
-    count = x.numel() // shape[1]
-    before = None if running is None else [torch.rand(shape[1]).to(running) for _ in range(2)]
-    after = [None, None] if before is None else [v.clone() for v in before]
-    batches = torch.tensor(7) if counted else None
-    affine = (None, None, None, 1e-5, 1, 0.01, False)
-    step = ops.batch_normalize_ if inplace else ops.batch_normalize
-    step(x.clone(), *affine, *after, batches, momentum)
-    assert batches is None or batches.item() == 8
-    if before is not None:
-        values = x.double().transpose(0, 1).flatten(1)
-        batch = values.mean(1), values.var(1, correction=min(1, count - 1)) if count else values.mean(1)
-        for ours, old, new in zip(after, before, batch):
-            expected = old.double() * (1 - momentum) + (new * momentum if momentum and count else 0)
-            assert_same(ours, (expected if count else old).to(running), max(TOLERANCE[running], 1e-5))
-
-
 @pytest.mark.parametrize("far", [0, 1, 2], ids=["rows", "channels", "columns"])
 def test_strides_beyond_32_bits(device, far):
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:

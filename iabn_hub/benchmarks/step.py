@@ -1,0 +1,373 @@
+"""Memory and time of a training step of whole networks: every way to save memory, in one run.
+
+Bytes are those of the allocator: *kept* is what is alive between the forward and the backward pass, *peak* the most that
+is alive at once, both beyond parameters, their gradients and the images. Times are those of a forward and a backward
+pass; each round runs every way once, and the ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conversion import convert
+from ..conversion.measure import gradients_allocated
+from ..layers.backends.loading import use_backend
+from ..models import MODELS, create_model
+from ..models.libraries import create_from_library
+from ..models.pooling import MaxPool2d
+from .machine import describe_machine
+
+NETWORKS = ("resnet50_iabn", "resnext101_iabn", "wider_resnet38_iabn", "densenet121_iabn")
+BASELINE = "standard"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What to measure: images (batch_size, channels, size, size) in channels_last or not, under autocast to `dtype`."""
+
+    batch_size: int = 4
+    size: int = 224
+    device: str = "cpu"
+    dtype: str = "float32"
+    channels_last: bool = True
+    compile: bool = True
+    gradients: bool = True
+    rounds: int = 7
+    ways: tuple[str, ...] = ()  # only these, besides the baseline
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train a network.
+
+    Attributes:
+        inplace: with in-place norms, in place of standard ones and ReLU.
+        converted: after `iabn_hub.convert`.
+        checkpointing: each block or stage is computed again in the backward pass.
+        budget: of torch.compile, its activation memory budget; None is eager mode.
+        operators: compiled code calls the layer's kernels, in place of their formulas.
+    """
+
+    name: str
+    inplace: bool = False
+    converted: bool = False
+    checkpointing: bool = False
+    budget: float | None = None
+    operators: bool = False
+
+
+WAYS = (
+    Way(BASELINE),
+    Way("checkpointing", checkpointing=True),
+    Way("in place", inplace=True),
+    Way("in place, checkpointing", inplace=True, checkpointing=True),
+    Way("converted", converted=True),
+    Way("converted, checkpointing", converted=True, checkpointing=True),
+    Way("compiled", budget=1.0),
+    Way("compiled, budget 0.99", budget=0.99),
+    Way("compiled, budget 0.5", budget=0.5),
+    Way("in place, compiled", inplace=True, budget=1.0),
+    Way("in place, compiled, operators", inplace=True, budget=1.0, operators=True),
+    Way("in place, compiled, budget 0.5", inplace=True, budget=0.5),
+)
+
+
+@dataclass
+class Contender:
+    """A network that is trained one way."""
+
+    way: Way
+    network: nn.Module
+    step: Callable[[torch.Tensor], torch.Tensor]  # images to loss
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, images: torch.Tensor) -> None:
+        with self.context():
+            self.step(images).backward()
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        # Autograd's threads compile the backward pass: the budget is a global of torch's, not one of a thread.
+        torch._functorch.config.activation_memory_budget = 1.0 if self.way.budget is None else self.way.budget
+        try:
+            with use_backend("native") if self.way.operators else contextlib.nullcontext():
+                yield
+        finally:
+            torch._functorch.config.activation_memory_budget = 1.0
+
+
+def measure_steps(names: Sequence[str], options: StepOptions, report: Callable[[str], None]) -> dict[str, Any]:
+    """Every network every way, ready for JSON; `report` is called with the text of each."""
+    results = {}
+    for name in names:
+        report(f"\n{name}")
+        results[name] = measure_network(name, options, report)
+    facts = {"batch_size": options.batch_size, "size": options.size, "dtype": options.dtype}
+    layout = "channels_last" if options.channels_last else "NCHW"
+    return {"machine": describe_machine(options.device), **facts, "layout": layout, "networks": results}
+
+
+def measure_network(name: str, options: StepOptions, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """By way: bytes kept, peak, seconds of a step and its ratio to the baseline's, cosine of the gradients to float64.
+
+    A way that fails, such as a compiler without its tools, has the reason as `why` alone.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    contenders: list[Contender] = []
+    images = torch.empty(0)
+    exact: dict[bool, torch.Tensor] = {}
+    for way in _ways_of(name, options):
+        torch.manual_seed(0)
+        try:
+            contender = _contender(name, way, options)
+            images = _images(contender.network, options)
+            started = time.perf_counter()
+            contender.train(images)
+            contender.train(images)  # what is made once is made now
+            if way.budget is not None:
+                contender.facts["compile_s"] = time.perf_counter() - started
+            contender.facts |= _memory(contender, images)
+            if options.gradients:
+                if way.inplace not in exact:
+                    exact[way.inplace] = _exact_gradients(name, way.inplace, options, images)
+                contender.facts["gradient_cosine"] = _cosine(_gradients(contender, images), exact[way.inplace])
+        except Exception as e:
+            if way.name == BASELINE:
+                raise
+            found[way.name] = {"why": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"}
+            report(f"  {way.name:<32} {found[way.name]['why']}"[:80])
+            continue
+        contenders.append(contender)
+        facts = contender.facts
+        report(f"  {way.name:<32} keeps {facts['kept'] / 1e6:8.1f} MB, peak {facts['peak'] / 1e6:8.1f} MB")
+    _time(contenders, images, options.rounds)
+    baseline = contenders[0].facts
+    for contender in contenders:
+        facts = contender.facts
+        facts |= {f"{key}_ratio": facts[key] / baseline[key] for key in ("kept", "peak")}
+        found[contender.way.name] = facts
+    report("")
+    for line in table(found):
+        report(line)
+    return found
+
+
+def table(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The lines of a table, relative to the baseline, at most 80 columns wide."""
+    yield f"  {'':<31} {'kept':>6} {'peak':>6} {'step':>6} {'spread':>12}  {'ms':>8}"
+    for name, row in rows.items():
+        if "why" not in row:
+            spread = f"{row['step_least']:.2f}–{row['step_most']:.2f}"
+            ratios = " ".join(f"{row[key]:6.2f}" for key in ("kept_ratio", "peak_ratio", "step_ratio"))
+            yield f"  {name:<31} {ratios} {spread:>12}  {1e3 * row['step_s']:8.0f}"
+
+
+def largest_batch(name: str, way: Way, limit: int, options: StepOptions) -> int:
+    """The largest batch whose peak, with parameters, gradients and images, is at most `limit` bytes; 0: none is.
+
+    Found by doubling and then bisection, each on a training step that is measured.
+    """
+
+    def fits(batch: int) -> bool:
+        torch.manual_seed(0)
+        contender = _contender(name, way, options)
+        images = _images(contender.network, options, batch)
+        contender.train(images)
+        constant = 2 * sum(p.nbytes for p in contender.network.parameters()) + images.nbytes
+        return int(_memory(contender, images)["peak"]) + constant <= limit
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def add_largest_batches(
+    result: dict[str, Any], limit: int, options: StepOptions, report: Callable[[str], None]
+) -> None:
+    """Add `largest_batch` to each way in eager mode; a compiled network would be compiled again for each batch."""
+    result["limit"] = limit
+    for name, rows in result["networks"].items():
+        report(f"\n{name}: the largest batch at {options.size}×{options.size} in {limit / 1e9:.2f} GB")
+        for way in _ways_of(name, options):
+            if way.budget is None and "why" not in rows[way.name]:
+                rows[way.name]["largest_batch"] = largest_batch(name, way, limit, options)
+                report(f"  {way.name:<31} {rows[way.name]['largest_batch']:6}")
+
+
+# ---- contenders ------------------------------------------------------------------------------------------------------
+
+
+def _ways_of(name: str, options: StepOptions) -> list[Way]:
+    ours = name in MODELS
+    return [
+        way
+        for way in WAYS
+        if (ours or not way.inplace)
+        and (options.compile or way.budget is None)
+        and (not options.ways or way.name in (BASELINE, *options.ways))
+    ]
+
+
+def _network(name: str, inplace: bool) -> nn.Module:
+    """Randomly initialised; with standard norms it has ReLU and torch's max pooling."""
+    if name not in MODELS:
+        return create_from_library(name)[0]
+    if inplace:
+        return create_model(name)
+    network = create_model(name, norm_layer="abn", activation="relu")
+    for module in list(network.modules()):
+        for key, child in module.named_children():
+            if isinstance(child, MaxPool2d):
+                plain = nn.MaxPool2d(child.kernel_size, child.stride, child.padding, ceil_mode=child.ceil_mode)
+                setattr(module, key, plain)
+    return network
+
+
+def _contender(name: str, way: Way, options: StepOptions) -> Contender:
+    form = torch.channels_last if options.channels_last else torch.contiguous_format
+    network = _network(name, way.inplace).to(options.device, memory_format=form).train()  # type: ignore[call-overload]
+    if way.checkpointing:
+        network.set_grad_checkpointing(True)
+    if way.converted:
+        convert(network)
+    runs: Any = network
+    if way.budget is not None:
+        torch.compiler.reset()
+        runs = torch.compile(network)
+    dtype = DTYPES[options.dtype]
+
+    def step(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(options.device, dtype, enabled=dtype != torch.float32):
+            output: torch.Tensor = runs(images)
+        return output.float().square().mean()
+
+    return Contender(way, network, step)
+
+
+def _images(network: nn.Module, options: StepOptions, batch: int | None = None) -> torch.Tensor:
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    channels = config.get("input_size", (3,))[0]
+    form = torch.channels_last if options.channels_last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch or options.batch_size, channels, options.size, options.size)
+    return torch.randn(shape, generator=generator).to(options.device).contiguous(memory_format=form)
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
+
+
+def _memory(contender: Contender, images: torch.Tensor) -> dict[str, int]:
+    """Bytes kept and peak of one training step."""
+    if images.is_cuda:
+        with gradients_allocated(contender.network), contender.context():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss = contender.step(images)
+            kept = torch.cuda.memory_allocated() - before
+            loss.backward()
+            return {"kept": kept, "peak": torch.cuda.max_memory_allocated() - before}
+    with gradients_allocated(contender.network), contender.context():
+        with _allocations() as forward:
+            loss = contender.step(images)
+        with _allocations() as backward:
+            loss.backward()
+    kept = sum(forward)
+    return {"kept": kept, "peak": max(_highest(forward), kept + _highest(backward))}
+
+
+@contextlib.contextmanager
+def _allocations() -> Iterator[list[int]]:
+    """The changes of the bytes that are alive, in order, once the context is left."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes about missing devices
+    changes: list[int] = []
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
+        yield changes
+    events = profile.profiler.kineto_results.events()
+    of_memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes.extend(change for _, change in of_memory)
+
+
+def _highest(changes: list[int]) -> int:
+    alive = highest = 0
+    for change in changes:
+        alive += change
+        highest = max(highest, alive)
+    return highest
+
+
+def _gradients(contender: Contender, images: torch.Tensor) -> torch.Tensor:
+    contender.network.zero_grad(set_to_none=True)
+    contender.train(images)
+    return torch.cat([p.grad.double().flatten() for p in contender.network.parameters() if p.grad is not None])
+
+
+def _exact_gradients(name: str, inplace: bool, options: StepOptions, images: torch.Tensor) -> torch.Tensor:
+    """Those of the same network in float64."""
+    torch.manual_seed(0)
+    plain = StepOptions(size=options.size, device=options.device, channels_last=options.channels_last)
+    contender = _contender(name, Way("exact", inplace=inplace), plain)
+    contender.network.double()
+
+    def step(images: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = contender.network(images.double())
+        return output.square().mean()
+
+    return _gradients(Contender(contender.way, contender.network, step), images)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a, b) / (a.norm() * b.norm()))
+
+
+def _time(contenders: list[Contender], images: torch.Tensor, rounds: int) -> None:
+    """Seconds of a step, its ratio to that of the first contender, and the least and largest of these."""
+    times: list[list[float]] = []
+    for number in range(rounds + 1):
+        each = []
+        for contender in contenders:
+            contender.network.zero_grad(set_to_none=True)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            contender.train(images)
+            if images.is_cuda:
+                torch.cuda.synchronize()
+            each.append(time.perf_counter() - started)
+            contender.network.zero_grad(set_to_none=True)
+        if number:  # the first warms up
+            times.append(each)
+    for k, contender in enumerate(contenders):
+        ratios = [each[k] / each[0] for each in times]
+        contender.facts |= {
+            "step_s": statistics.median(each[k] for each in times),
+            "step_ratio": statistics.median(ratios),
+            "step_least": min(ratios),
+            "step_most": max(ratios),
+        }
+
+
+def summarised(result: dict[str, Any]) -> dict[str, Any]:
+    """A copy for a file that is kept: rounded, so that a small change is a small difference."""
+    rounded = copy.deepcopy(result)
+    for rows in rounded["networks"].values():
+        for row in rows.values():
+            for key, value in row.items():
+                if isinstance(value, float):
+                    row[key] = round(value, 9 if key == "gradient_cosine" else 4)
+    return rounded
