@@ -1,8 +1,8 @@
 """Memory and time of a training step of whole networks: every way to save memory, in one run.
 
-Bytes are those of the allocator: *kept* is what is alive between the forward and the backward pass, *peak* the most that
-is alive at once, both beyond parameters, their gradients and the images. Times are those of a forward and a backward
-pass; each round runs every way once, and the ratios are medians over the rounds.
+Bytes are those of the allocator: *kept* is what is alive between the forward and the backward pass, *peak* the most
+that is alive at once, both beyond parameters, their gradients and the images. Times are those of a forward and a
+backward pass; each round runs every way once, and the ratios are medians over the rounds.
 """
 
 from __future__ import annotations

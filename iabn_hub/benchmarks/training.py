@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..datasets.folders import Location, classes_of, open_split
 from ..datasets.loaders import BatchPlan, TrainLoader
-from ..datasets.samples import samples_of
+from ..datasets.samples import Samples, samples_of
 from ..datasets.transforms import Normalize, train_transform
 from ..recipes import Recipe, find_recipe, read_recipe
 from ..training.network import build_network
@@ -38,6 +38,7 @@ class TrainingOptions:
     data: str
     changes: tuple[str, ...] = ()
     workers: int = 2
+    cache_images: bool = False
     steps: int = 20
     rounds: int = 7
 
@@ -97,6 +98,8 @@ def measure_training(options: TrainingOptions, world: World) -> dict[str, Any]:
 def _trainer(recipe: Recipe, location: Location, options: TrainingOptions, world: World) -> Trainer:
     source = open_split(location, "train", True)
     samples = samples_of(source, train_transform(recipe), world, training=True)
+    if options.cache_images and isinstance(samples, Samples):
+        samples.keep_decoded(recipe.input.scale_train)
     loader = TrainLoader(samples, BatchPlan(recipe.optimizer.batch_size), options.workers, world)
     loader.steps = min(loader.steps, options.steps)
     images = recipe.input

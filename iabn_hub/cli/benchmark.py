@@ -114,12 +114,13 @@ def step(networks: tuple[str, ...], nchw: bool, ways: tuple[str, ...], **given: 
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Change the recipe.")
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Per round.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--cache-images", is_flag=True, help="Decode each image once, as 'iabn-hub train --cache-images' does.")
 @workers_option
 @device_option
 @json_option
-def training(recipe: str, data: str, changes: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def training(recipe: str, data: str, changes: tuple[str, ...], as_json: bool, cache_images: bool, **given: Any) -> None:
     """Time the training loop beside a bare loop on one batch in memory; DATA is a folder as for 'iabn-hub train'."""
-    chosen = TrainingOptions(recipe, data, changes, given["workers"], given["steps"], given["rounds"])
+    chosen = TrainingOptions(recipe, data, changes, given["workers"], cache_images, given["steps"], given["rounds"])
     with init_world(given["device"]) as world:
         result = measure_training(chosen, world)
     if as_json:

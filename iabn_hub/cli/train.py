@@ -52,6 +52,8 @@ recipe_options = options(
 run_options = options(
     device_option,
     workers_option,
+    click.option("--cache-images", is_flag=True,
+                 help="Decode each image once, into a temporary file (in TMPDIR; per rank)."),
     click.option("--keep", type=click.IntRange(min=1), default=2, show_default=True,
                  help="Snapshots to keep, besides the best."),
     click.option("--snapshot-minutes", type=click.FloatRange(min=0), default=30, show_default=True,
@@ -168,7 +170,17 @@ def _network_changes(name: str, arch: str, kind: str, recipe: Recipe) -> list[st
 
 def _options(data: str, given: dict[str, Any], out: Path) -> Options:
     location = ("dataset", "train_split", "val_split", "train_samples", "val_samples", "download")
-    run = ("resume", "overwrite", "pretrained", "workers", "keep", "snapshot_minutes", "max_broken", "best")
+    run = (
+        "resume",
+        "overwrite",
+        "pretrained",
+        "workers",
+        "cache_images",
+        "keep",
+        "snapshot_minutes",
+        "max_broken",
+        "best",
+    )
     return Options(
         out=out, location=Location(data, **{name: given[name] for name in location}),
         **{name: given[name] for name in run},

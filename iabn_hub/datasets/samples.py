@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import timm.data
 import torch
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 
 from ..world import World
+from .decoded import DecodedImages
+from .folders import DataError
 from .images import ImageError, open_rgb
 
 SUBSTITUTES = 10  # images tried in place of one that cannot be read
@@ -74,8 +77,28 @@ class Samples(Dataset[Sample]):
         training: replace an image that cannot be read by the next one that can.
     """
 
+    decoded: DecodedImages | None = None
+
     def __init__(self, source: Any, transform: Any, seed: int = 0, training: bool = False) -> None:
         self.source, self.transform, self.seed, self.training = source, transform, seed, training
+
+    def keep_decoded(self, shorter_side: int) -> None:
+        """Decode each image once, and resize it to `shorter_side` if that is not 0, for all epochs.
+
+        Raises:
+            DataError: there is no room for them, or the images are not files.
+        """
+        files = self._files()
+        if files is None:
+            raise DataError("--cache-images needs images in files: a folder with CLASS/*")
+        self.decoded = DecodedImages([path for path, _ in files], shorter_side)
+
+    def _files(self) -> Any:
+        """Path and class of each image, or None where they are not files of their own."""
+        source = self.source
+        if isinstance(source, ImageFolder):
+            return source.samples
+        return getattr(getattr(source, "reader", None), "samples", None) if _is_folder(source) else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -108,6 +131,15 @@ class Samples(Dataset[Sample]):
         return [(index, -1) for index in torch.randperm(len(self.source), generator=generator).tolist()]
 
     def _read(self, index: int) -> tuple[Any, Any]:
+        if self.decoded is None:
+            return self._open(index)
+        image = self.decoded.get(index)
+        if image is not None:
+            return image, int(self._files()[index][1])
+        image, label = self._open(index)
+        return self.decoded.put(index, image), label
+
+    def _open(self, index: int) -> tuple[Any, Any]:
         if isinstance(self.source, ImageFolder):
             path, label = self.source.samples[index]
             return open_rgb(path), label
@@ -129,6 +161,10 @@ class Samples(Dataset[Sample]):
             return str(self.source.filename(index, absolute=True))
         except (AttributeError, NotImplementedError):
             return f"image {index}"
+
+
+def _is_folder(source: Any) -> bool:
+    return isinstance(getattr(source, "reader", None), ReaderImageFolder)
 
 
 class Stream(IterableDataset[Sample]):

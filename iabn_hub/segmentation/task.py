@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..datasets.class_presence import find_presence
-from ..datasets.folders import Location
+from ..datasets.folders import DataError, Location
 from ..datasets.loaders import BatchPlan, TrainLoader, val_loader
 from ..datasets.segmentation import IGNORE_INDEX, SegmentationSamples, open_segmentation
 from ..datasets.segmentation_transforms import SegmentationCrop, WholeImage
@@ -35,7 +35,9 @@ class SegmentationTask:
         )
         self.classes = self.train.classes
 
-    def train_loader(self, out: Path, workers: int) -> TrainLoader:
+    def train_loader(self, out: Path, workers: int, cache_images: bool = False) -> TrainLoader:
+        if cache_images:
+            raise DataError("--cache-images is for classification: leave it out")
         recipe, source = self.recipe, self.train
         if recipe.segmentation.class_balanced > 0:
             presence = find_presence(source, out / "presence.npz", workers, self.world)

@@ -49,6 +49,7 @@ class Options:
         overwrite: delete the snapshots of an earlier run in `out`.
         pretrained: initial weights, see `load_pretrained`; '' for the published ones; None initialises randomly.
         workers: processes that read images, per rank.
+        cache_images: decode each training image once, into a temporary file.
         keep: snapshots to keep, besides the best.
         snapshot_minutes: between snapshots within an epoch.
         max_broken: how many unreadable images are tolerated; None is 1 % of the training images, at least 10.
@@ -61,6 +62,7 @@ class Options:
     overwrite: bool = False
     pretrained: str | None = None
     workers: int = 2
+    cache_images: bool = False
     keep: int = 2
     snapshot_minutes: float = 30
     max_broken: int | None = None
@@ -154,7 +156,8 @@ def _assemble(
 
     return Run(
         recipe=recipe, task=task, world=world, network=network, config=_config(recipe, network, task.classes),
-        loader=task.train_loader(options.out, options.workers), normalize=normalize, validate=validate,
+        loader=task.train_loader(options.out, options.workers, options.cache_images),
+        normalize=normalize, validate=validate,
         snapshots=snapshots, snapshot_minutes=options.snapshot_minutes, stop_requested=stop_requested,
         on_skipped=skipped,
     )  # fmt: skip

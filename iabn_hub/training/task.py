@@ -34,8 +34,8 @@ class Task(Protocol):
     @property
     def monitors(self) -> tuple[str, ...]: ...
 
-    def train_loader(self, out: Path, workers: int) -> TrainLoader:
-        """Training batches; `out` is the folder of the run."""
+    def train_loader(self, out: Path, workers: int, cache_images: bool = False) -> TrainLoader:
+        """Training batches; `out` is the folder of the run. With `cache_images` each image is decoded once."""
 
     def val_loader(self, workers: int) -> Any:
         """This rank's share of the batches to validate on."""

@@ -1,7 +1,9 @@
 """Batches depend on seed and position alone; every image is there once; what is wrong with the data is said by name."""
 
+import gc
 import io
 import os
+import pickle
 import tarfile
 
 import datasets
@@ -331,3 +333,47 @@ def test_a_folder_without_splits(tmp_path):
     (tmp_path / "one" / "class").mkdir(parents=True)
     with pytest.raises(DataError, match="class is the only class"):
         open_split(Location(str(tmp_path / "one")), "train")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shorter_side", [0, 40])
+def test_decoded_images_are_those_of_the_files(source, workers, shorter_side):
+    recipe = recipe_from({**TINY, "input": {**TINY["input"], "scale_train": shorter_side or -1}}, "")
+    made = []
+    for cached in (False, True):
+        samples = samples_of(source, train_transform(recipe), ALONE, training=True)
+        if cached:
+            samples.keep_decoded(shorter_side)
+        made.append(TrainLoader(samples, BatchPlan(8), workers, ALONE))
+    for number in (0, 1, 2):
+        assert same(*(epoch(each, number) for each in made))
+
+
+def test_decoded_images_need_their_files_once(source):
+    samples = samples_of(source, train_transform(recipe_from(TINY, "")), ALONE, training=True)
+    plain = [samples[Key(1, i, i)] for i in range(len(samples))]
+    samples.keep_decoded(0)
+    for i in range(len(samples)):
+        samples[Key(0, i, i)]
+    for path, _ in samples._files():
+        os.truncate(path, 0)
+    again = pickle.loads(pickle.dumps(samples))  # as a worker gets it that is not forked
+    for i, expected in enumerate(plain):
+        assert all(torch.equal(each[Key(1, i, i)].image, expected.image) for each in (samples, again))
+    temporary = samples.decoded.folder
+    del samples, again
+    gc.collect()
+    assert not os.path.exists(temporary)
+
+
+def test_a_file_that_cannot_be_decoded(source):
+    samples = samples_of(source, train_transform(recipe_from(TINY, "")), ALONE, training=True)
+    os.truncate(samples._files()[0][0], 0)
+    samples.keep_decoded(0)
+    assert "is not an image" in samples[Key(0, 0, 0)].skipped[0]
+
+
+def test_images_that_are_not_files_are_not_cached(tmp_path):
+    samples = Samples(datasets.Dataset.from_dict({"image": []}), VAL)
+    with pytest.raises(DataError, match="needs images in files"):
+        samples.keep_decoded(0)
