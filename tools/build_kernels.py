@@ -3,14 +3,18 @@
 
     python tools/build_kernels.py dist/kernels                 CPU, and CUDA where a toolkit is found
     python tools/build_kernels.py dist/kernels --devices cpu
+    python tools/build_kernels.py dist/kernels --sign key.pem --name ORG/iabn --release 3
 
     hf upload ORG/iabn dist/kernels . --repo-type kernel       sends it to the Hub
 
 The folder receives build/VARIANT/ for each device, named after the stable ABI of torch 2.10, and a README.md. Then
 
-    kernels.get_kernel("ORG/iabn", revision=COMMIT, trust_remote_code=True)     (backend="cpu" for a CPU's)
+    IABN_HUB_KERNELS=ORG/iabn@COMMIT
 
-loads the operators, and IABN_HUB_KERNELS=ORG/iabn@COMMIT makes the layer take them instead of building its own.
+makes the layer take them instead of building its own, if they are signed by the publisher that the user's list names
+for ORG/iabn (iabn_hub.signing). A key is made with
+
+    openssl ecparam -name prime256v1 -genkey -noout -out key.pem && openssl ec -in key.pem -pubout -out key.pub
 """
 
 import argparse
@@ -28,6 +32,7 @@ from iabn_hub import __version__
 from iabn_hub.files import sha256_of
 from iabn_hub.layers import ops as schemas
 from iabn_hub.layers.backends import building
+from iabn_hub.signing import SignatureError, sign
 
 ROOT = Path(__file__).parent.parent
 INIT = '''"""The operators of in-place activated BatchNorm, compiled, in torch.ops.iabn_hub."""
@@ -64,7 +69,7 @@ Compiled for torch 2.10 and later (stable ABI) by `tools/build_kernels.py` of ia
 ```python
 import kernels
 
-iabn = kernels.get_kernel("ORG/iabn", revision="COMMIT", trust_remote_code=True)
+iabn = kernels.get_kernel("ORG/iabn", revision="COMMIT", trust_remote_code=["ORG/iabn"])
 mean, var = iabn.ops.statistics(x)  # x: (N, C, *)
 ```
 
@@ -129,15 +134,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the repository; variants of other devices there are kept")
     add_targets(parser)
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign every variant with this private key (PEM)")
+    parser.add_argument("--name", metavar="ORG/NAME", help="the repository that it will be, with --sign")
+    parser.add_argument("--release", type=int, metavar="N", help="a number that grows with each release, with --sign")
     arguments = parser.parse_args()
+    if arguments.sign and not (arguments.name and arguments.release):
+        parser.error("--sign needs --name and --release")
     devices = devices_of(arguments)
     if arguments.out.is_dir() and any(arguments.out.iterdir()) and not (arguments.out / "build").is_dir():
         parser.error(f"{arguments.out} holds other files: name another folder")
     try:
         for device in devices:
             _, library = write_variant(arguments.out, device, arguments.architectures)
+            if arguments.sign:
+                sign(library.parent, arguments.name, arguments.release, arguments.sign)
             print(f"{library.parent}: {library.stat().st_size:,} bytes")
-    except (building.BuildError, OSError) as e:
+    except (building.BuildError, SignatureError, OSError) as e:
         print(f"build_kernels: {e}", file=sys.stderr)
         return 1
     rows = [

@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from ..layers.backends import building, loading
 from ..layers.self_check import TOLERANCE, compare
+from ..signing import SignatureError, publishers, publishers_file
 from .frame import FAILED, OK, json_option, print_json
 
 # What a device without native kernels costs.
@@ -35,7 +36,16 @@ def command(as_json: bool) -> int:
         print_json(facts)
     else:
         print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-        for key in ("machine", "threads", "instruction_sets", "compiler", "ninja", "cuda_toolkit", "cache_folder"):
+        for key in (
+            "machine",
+            "threads",
+            "instruction_sets",
+            "compiler",
+            "ninja",
+            "cuda_toolkit",
+            "cache_folder",
+            "publishers",
+        ):
             value = facts[key]
             print(f"  {key:<17} {', '.join(value) if isinstance(value, list) else value}")
         for name, device in facts["devices"].items():
@@ -65,9 +75,19 @@ def examine() -> dict[str, Any]:
         "ninja": _or_error(lambda: str(building.ninja())),
         "cuda_toolkit": _or_error(lambda: str(building.cuda_home())),
         "cache_folder": str(loading.cache_folder()),
+        "publishers": _publishers(),
         "devices": devices,
         "healthy": all(device["healthy"] for device in devices.values()),
     }
+
+
+def _publishers() -> list[str]:
+    """Whose published kernels are taken, with the keys of their signatures."""
+    try:
+        listed = [f"{name} (key {each.key}, from release {each.minimum})" for name, each in publishers().items()]
+        return listed or [f"none in {publishers_file()}"]
+    except SignatureError as e:
+        return [str(e)]
 
 
 def _or_error(find: Callable[[], Any]) -> Any:

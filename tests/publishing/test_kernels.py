@@ -1,4 +1,4 @@
-"""The layer takes its kernels from a repository of the package `kernels` if that is asked for, pinned to a commit."""
+"""Kernels from a repository, if that is asked for: pinned to a commit, and signed by a publisher who is listed."""
 
 import importlib
 import json
@@ -9,9 +9,12 @@ import sys
 
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from iabn_hub import InPlaceABN
 from iabn_hub.layers.backends import building, loading
+from iabn_hub.signing import Publisher, SignatureError, sign, verify
 
 from ..paths import TOOLS
 
@@ -20,7 +23,7 @@ STANDALONE = """
 import sys
 sys.modules["iabn_hub"] = None  # as where it is not installed
 import kernels, torch
-loaded = kernels.get_kernel("me/iabn", revision="a" * 40, backend="cpu", trust_remote_code=True)
+loaded = kernels.get_kernel("me/iabn", revision="a" * 40, backend="cpu", trust_remote_code=["me/iabn"])
 x = torch.randn(4, 3, 5, 5)
 mean, var = loaded.ops.statistics(x)
 assert torch.allclose(mean, x.mean((0, 2, 3)), atol=1e-6)
@@ -28,9 +31,25 @@ assert torch.allclose(var, x.var((0, 2, 3), unbiased=False), atol=1e-6)
 """
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two pairs of keys: 'ours' and 'other'."""
+    folder = tmp_path_factory.mktemp("keys")
+    form = serialization.PrivateFormat.PKCS8
+    for name in ("ours", "other"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+        (folder / f"{name}.pem").write_bytes(private)
+        public = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        (folder / f"{name}.pub").write_bytes(public)
+    return folder
+
+
 @pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A repository with the library that was built here for the tests."""
+def variant(tmp_path, monkeypatch, keys):
+    """A variant of a repository with the library that was built here for the tests, signed as release 3."""
     InPlaceABN(3)(torch.randn(2, 3, 4))
     status = loading.use_native("cpu")
     assert status.library is not None, status.reason
@@ -40,24 +59,92 @@ def repository(tmp_path, monkeypatch):
     part.mkdir(parents=True)
     shutil.copy(status.library, part / "iabn_cpu.so")
     build_kernels.complete(part, "cpu", [])
-    return tmp_path / "iabn"
+    sign(part, "me/iabn", 3, keys / "ours.pem")
+    return part
 
 
-def run(repository, *line):
-    environment = {**os.environ, "LOCAL_KERNELS": f"me/iabn={repository}", "IABN_HUB_KERNELS": f"me/iabn@{COMMIT}"}
-    return subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def doctor(variant, keys, tmp_path):
+    """What 'iabn-hub doctor' finds with these kernels and this list of publishers."""
+
+    def run(publishers):
+        listed = tmp_path / "publishers.json"
+        listed.write_text(json.dumps(publishers))
+        environment = {
+            **os.environ, "IABN_HUB_KERNELS": f"me/iabn@{variant.parent.parent}", "IABN_HUB_PUBLISHERS": str(listed),
+        }  # fmt: skip
+        line = [sys.executable, "-m", "iabn_hub", "doctor", "--json"]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    return run
 
 
-def test_the_layer_uses_it(repository):
-    done = run(repository, "-m", "iabn_hub", "doctor", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["devices"]["cpu"]
-    assert (found["backend"], found["reason"]) == ("native", f"from the Hub, me/iabn@{COMMIT}")
-    assert found["library"].startswith(str(repository))
+def test_the_layer_uses_what_a_listed_publisher_signed(doctor, variant, keys):
+    facts, _ = doctor({"me/iabn": {"key": str(keys / "ours.pub"), "minimum": 3}})
+    found = facts["devices"]["cpu"]
+    assert (found["backend"], found["library"]) == ("native", str(variant / "iabn_cpu.abi3.so"))
+    assert found["reason"] == f"from the Hub, me/iabn@{variant.parent.parent}"
+    assert facts["publishers"] == [f"me/iabn (key {keys / 'ours.pub'}, from release 3)"]
 
 
-def test_the_operators_need_no_package(repository):
-    done = run(repository, "-c", STANDALONE)
+def flip(variant):
+    library = variant / "iabn_cpu.abi3.so"
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+WRONG = {
+    "a flipped byte": (flip, {}, "the files are not those that were signed"),
+    "an added file": (lambda v: (v / "more.py").touch(), {}, "the files are not those that were signed"),
+    "a missing file": (lambda v: (v / "_ops.py").unlink(), {}, "the files are not those that were signed"),
+    "no signature": (lambda v: (v / "model.sig").unlink(), {}, "is not signed: there is no model.sig"),
+    "a damaged signature": (lambda v: (v / "model.sig").write_text("{"), {}, "the signature is not one of the key"),
+    "another key": (lambda v: None, {"key": "other.pub"}, "the signature is not one of the key"),
+    "an older release": (lambda v: None, {"minimum": 4}, "is release 3 of me/iabn; the oldest that is taken is 4"),
+    "no such key": (lambda v: None, {"key": "none.pub"}, "is missing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_not_as_signed_is_not_loaded(doctor, variant, keys, name):
+    spoil, changes, reason = WRONG[name]
+    spoil(variant)
+    publisher = {"key": "ours.pub", "minimum": 3, **changes}
+    facts, stderr = doctor({"me/iabn": {**publisher, "key": str(keys / publisher["key"])}})
+    assert facts["devices"]["cpu"]["library"] != str(variant / "iabn_cpu.abi3.so")
+    assert reason in stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("listed", [{}, {"me/other": {"key": "ours.pub"}}, {"me/iabn": {}}])
+def test_a_publisher_who_is_not_listed_is_refused(doctor, variant, listed):
+    facts, stderr = doctor(listed)
+    assert facts["devices"]["cpu"]["library"] != str(variant / "iabn_cpu.abi3.so")
+    assert "is not among the publishers" in stderr or "should be" in stderr
+
+
+def test_the_name_is_part_of_what_is_signed(variant, keys):
+    publisher = Publisher(keys / "ours.pub")
+    assert verify(variant, "me/iabn", publisher) == 3
+    with pytest.raises(SignatureError, match="is signed as 'me/iabn', not as 'me/other'"):
+        verify(variant, "me/other", publisher)
+
+
+def test_signing_again_changes_nothing(variant, keys):
+    before = (variant / "model.sig").read_bytes()
+    sign(variant, "me/iabn", 3, keys / "ours.pem")
+    assert (variant / "model.sig").read_bytes() == before
+    sign(variant, "me/iabn", 4, keys / "ours.pem")
+    assert verify(variant, "me/iabn", Publisher(keys / "ours.pub", 4)) == 4
+
+
+def test_the_operators_need_no_package(variant):
+    environment = {**os.environ, "LOCAL_KERNELS": f"me/iabn={variant.parent.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", STANDALONE], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -67,10 +154,13 @@ def test_what_is_not_pinned_is_refused(name):
         loading._published_place(name)
 
 
-def test_what_cannot_be_loaded_leaves_the_other_sources(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("place", [COMMIT, "the folder"])
+def test_what_cannot_be_loaded_leaves_the_other_sources(tmp_path, monkeypatch, caplog, keys, place):
     monkeypatch.setattr(loading, "_status", {})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("IABN_HUB_KERNELS", f"me/nothing@{COMMIT}")
-    monkeypatch.setenv("LOCAL_KERNELS", f"me/nothing={tmp_path}")
+    place = str(tmp_path) if place == "the folder" else place
+    (tmp_path / "publishers.json").write_text(json.dumps({"me/nothing": {"key": str(keys / "ours.pub")}}))
+    monkeypatch.setenv("IABN_HUB_PUBLISHERS", str(tmp_path / "publishers.json"))
+    monkeypatch.setenv("IABN_HUB_KERNELS", f"me/nothing@{place}")
     assert loading.use_native("cpu").backend == "native"
-    assert f"IABN_HUB_KERNELS: me/nothing@{COMMIT} cannot be loaded" in caplog.text
+    assert f"IABN_HUB_KERNELS: me/nothing@{place} cannot be loaded" in caplog.text

@@ -22,6 +22,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from ...files import LockTimeoutError, NoHomeError, UntrustedError, expanded, locked, require_trusted, sha256_of
+from ...signing import SignatureError, publishers, publishers_file, verify
 from .building import PACKAGE, Build, BuildError, covers, cpu_build, cuda_build, cuda_major
 
 _logger = logging.getLogger(__name__)
@@ -159,29 +160,45 @@ def _library(device_type: str) -> tuple[Path, str]:
 
 
 def _published_place(published: str) -> tuple[str, str]:
-    """Repository and commit. It is code that runs here, so only a full commit is taken: a branch may change."""
+    """Name and commit, or name and folder. It is code that runs here, so only a full commit is taken, no branch."""
     repo, _, revision = published.partition("@")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) and os.path.isabs(revision):
+        return repo, revision
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise BuildError(
             f"IABN_HUB_KERNELS is {published!r}: write ORG/NAME@COMMIT with all 40 digits of a commit, so that the "
-            "code that it names stays what it is"
+            "code that it names stays what it is, or ORG/NAME@FOLDER with an absolute path"
         )
     return repo, revision
 
 
 def _from_hub(repo: str, revision: str, device_type: str) -> Path:
-    """Load what `tools/build_kernels.py` wrote, through the package `kernels`."""
+    """Load what `tools/build_kernels.py` wrote, once its publisher is known. Nothing else of the repository runs."""
     try:
-        import kernels  # noqa: PLC0415 - few have it
-
-        backend = "cpu" if device_type == "cpu" else None
-        module = kernels.get_kernel(repo, revision=revision, backend=backend, trust_remote_code=True)
-        return Path(module.LIBRARY)
+        publisher = publishers().get(repo)
+        if publisher is None:
+            raise SignatureError(f"{repo} is not among the publishers of {publishers_file()}")
+        folder = _variant(repo, revision, device_type)
+        verify(folder, repo, publisher)
+        library = folder / f"iabn_{device_type}.abi3.so"
+        _load(library)
+        return library
     except ImportError as e:
         raise BuildError(f"IABN_HUB_KERNELS needs the package kernels ({e}): pip install kernels") from e
     except Exception as e:  # as many kinds as there are ways to fail on the way
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BuildError(f"IABN_HUB_KERNELS: {repo}@{revision} cannot be loaded: {first}") from e
+
+
+def _variant(repo: str, revision: str, device_type: str) -> Path:
+    """The folder of a repository with the library for this machine, downloaded if necessary."""
+    import kernels  # noqa: PLC0415 - few have it
+    from kernels.resolver import resolve_local_kernel  # noqa: PLC0415
+
+    backend = "cpu" if device_type == "cpu" else None
+    if os.path.isabs(revision):
+        return Path(resolve_local_kernel(Path(revision), backend=backend).variant_path)
+    return Path(kernels.install_kernel(repo, revision=revision, backend=backend, trust_remote_code=[repo]))
 
 
 def _suits(prebuilt: Path) -> bool:
