@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .files import expanded, write_atomically
+from .files import FOLDER_LOCK, expanded, write_atomically
 from .schema import load_json
 
 SIGNATURE, RELEASE = "model.sig", "release.json"
@@ -99,7 +99,7 @@ def _reason(text: str, publisher: Publisher) -> str:
 
 def _hashing(folder: Path) -> Any:
     config = _library().hashing.Config()
-    config.set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+    config.set_ignored_paths(paths=[folder / SIGNATURE, folder / FOLDER_LOCK], ignore_git_paths=False)
     return config
 
 

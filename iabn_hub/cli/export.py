@@ -20,6 +20,7 @@ from ..checkpoints.weights import WEIGHTS
 from ..files import exclusive, md5_of
 from ..publishing.export import Export, check, export_of, write_repository
 from ..publishing.hub import Target, differences, push
+from ..signing import RELEASE, SIGNATURE, sign
 from .frame import FAILED, INTERRUPTED, OK, complain, complete_names, json_option, options, print_json
 
 target_options = options(
@@ -39,6 +40,10 @@ target_options = options(
               help="Take the weights from this file, snapshot or run.")  # fmt: skip
 @click.option("--best", is_flag=True, help="Of a run, take the best epoch instead of the last.")
 @target_options
+@click.option("--sign", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="KEY",
+              help="Sign each with this private key (PEM, ECDSA), into model.sig and release.json.")  # fmt: skip
+@click.option("--release", type=click.IntRange(min=1), default=1, show_default=True,
+              help="A number that grows with each release; it is signed.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and upload nothing.")
 @click.option(
     "--check",
@@ -57,7 +62,8 @@ def command(names: tuple[str, ...], everything: bool, **given: Any) -> int:
 
     --to-dir writes them to DIR/MODEL.TAG. --repo ORG/NAME uploads one checkpoint there, --repo ORG each to
     ORG/MODEL.TAG. Log in with 'hf auth login' before. --from takes a local file, whose md5 must be the published
-    one, or a training run, which gets the name MODEL.TAG.
+    one, or a training run, which gets the name MODEL.TAG. --sign signs all files under the name of the repository,
+    ORG/NAME or MODEL.TAG; 'iabn-hub verify FOLDER --signature KEY' checks that.
 
     \b
     Examples:
@@ -146,6 +152,9 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
     if repo is not None and "/" not in repo:
         repo = f"{repo}/{export.name}"
     files = write_repository(export, folder, repo, given["overwrite"])
+    if given["sign"]:
+        sign(folder, repo or export.name, given["release"], given["sign"])
+        files |= {name: folder / name for name in (RELEASE, SIGNATURE)}
     sizes = {file: path.stat().st_size for file, path in files.items()}
     row |= {"source": dict(export.origin), "files": sizes, "md5": md5_of(files[WEIGHTS])}
     if given["to_dir"]:

@@ -13,20 +13,42 @@ from ..checkpoints.verify import recheck
 from ..files import md5_of
 from ..models.pretrained import find_checkpoint
 from ..publishing.mirror import verify_mirror
+from ..signing import Publisher, SignatureError
+from ..signing import verify as verify_signature
 from .frame import FAILED, OK, complete_names, json_option, print_json
 
 
 @click.command("verify")
 @click.argument("names", metavar="[NAME]…", nargs=-1, shell_complete=complete_names)
 @click.option("--mirror", type=click.Path(path_type=Path), metavar="DIR", help="Check a mirror instead of the cache.")
+@click.option("--signature", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="KEY",
+              help="Check the signature of folders, with this public key (PEM).")  # fmt: skip
+@click.option("--as", "signed_as", metavar="NAME", help="What the folder must be signed as (default: its own name).")
+@click.option("--minimum", type=click.IntRange(min=0), default=0, metavar="N", help="The oldest release that is taken.")
 @json_option
-def command(names: tuple[str, ...], mirror: Path | None, as_json: bool) -> int:
-    """Check the md5 of cached checkpoints, or of a mirror.
+def command(
+    names: tuple[str, ...],
+    mirror: Path | None,
+    signature: Path | None,
+    signed_as: str | None,
+    minimum: int,
+    as_json: bool,
+) -> int:
+    """Check the md5 of cached checkpoints, or of a mirror, or the signature of exported folders.
 
-    Reads the files again and compares with the published md5.
+    Reads the files again and compares with the published md5. A digest proves that a file is the published one. Who
+    published it, only a signature proves: with --signature, NAME is a folder that 'iabn-hub export --sign' wrote, of
+    which no file may be changed, added or missing.
 
     NAME is model or model.tag; without names, all cached checkpoints are checked.
+
+    \b
+    Examples:
+      iabn-hub verify
+      iabn-hub verify export/resnext101_iabn.lr_512_in1k --signature key.pub --minimum 3
     """
+    if signature is not None:
+        return _verify_signatures(names, signature, signed_as, minimum, as_json)
     rows = _verify_cached(names) if mirror is None else verify_mirror(mirror)
     way_out = "'iabn-hub fetch {}' downloads it" if mirror is None else "'iabn-hub mirror DIR {}' adds it"
     if as_json:
@@ -37,6 +59,27 @@ def command(names: tuple[str, ...], mirror: Path | None, as_json: bool) -> int:
             detail = f": md5 {row['md5']}, expected {row['expected_md5']}; delete it" if wrong else ""
             hint = f"; {way_out.format(row['name'])}" if row["status"] != "ok" else ""
             print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
+    return OK if all(row["status"] == "ok" for row in rows) else FAILED
+
+
+def _verify_signatures(names: tuple[str, ...], key: Path, signed_as: str | None, minimum: int, as_json: bool) -> int:
+    if not names:
+        raise click.UsageError("name the folders whose signatures are to be checked")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        row: dict[str, Any] = {"name": name, "status": "ok"}
+        try:
+            expected = signed_as or Path(name).resolve().name
+            row["release"] = verify_signature(Path(name), expected, Publisher(key, minimum))
+        except SignatureError as e:
+            row |= {"status": "wrong", "reason": str(e)}
+        rows.append(row)
+    if as_json:
+        print_json(rows)
+    else:
+        for row in rows:
+            detail = row["reason"] if "reason" in row else f"{row['name']}, release {row['release']}"
+            print(f"{row['status']:<8} {detail}")
     return OK if all(row["status"] == "ok" for row in rows) else FAILED
 
 

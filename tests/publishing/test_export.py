@@ -109,6 +109,34 @@ def test_a_folder_has_everything_and_the_same_bytes_each_time(export, listed, ne
     assert contents(tmp_path / "again" / NAME) == first
 
 
+def test_a_signed_folder(export, listed, keys, tmp_path, capsys):
+    line = [NAME, "--to-dir", tmp_path / "out", "--sign", keys / "ours.pem", "--release", "3"]
+    folder = tmp_path / "out" / NAME
+    for _ in range(2):
+        code, (row,), _ = export(*line)
+        assert (code, set(row["files"])) == (0, FILES | {"model.sig", "release.json"})
+        first = contents(folder)
+        assert set(first) == FILES | {"model.sig", "release.json"}
+    assert contents(folder) == first
+
+    def verify(*more, key="ours.pub"):
+        code = main(["verify", str(folder), "--signature", str(keys / key), *more])
+        return code, capsys.readouterr().out
+
+    assert verify("--minimum", "3") == (0, f"ok       {folder}, release 3\n")
+    assert verify("--minimum", "4")[0] == 1
+    assert "not as 'me/it'" in verify("--as", "me/it")[1]
+    assert "is not one of the key" in verify(key="other.pub")[1]
+    (folder / "README.md").write_text("another\n")
+    assert "not those that were signed" in verify()[1]
+    (folder / "model.sig").unlink()
+    assert "is not signed" in verify()[1]
+    shutil.rmtree(folder)
+    code, _, complaint = export(*line[:4], keys / "ours.pub")
+    assert code == 1
+    assert "is not a private key" in complaint
+
+
 def test_the_card_of_a_published_record(tmp_path):
     record = catalogue.find("resnext101_iabn.lr_512_in1k")
     model = iabn_hub.create_model("resnext101_iabn", device="meta")

@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from iabn_hub import InPlaceABN
 from iabn_hub.layers.backends import building, loading
@@ -29,22 +27,6 @@ mean, var = loaded.ops.statistics(x)
 assert torch.allclose(mean, x.mean((0, 2, 3)), atol=1e-6)
 assert torch.allclose(var, x.var((0, 2, 3), unbiased=False), atol=1e-6)
 """
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    """Two pairs of keys: 'ours' and 'other'."""
-    folder = tmp_path_factory.mktemp("keys")
-    form = serialization.PrivateFormat.PKCS8
-    for name in ("ours", "other"):
-        key = ec.generate_private_key(ec.SECP256R1())
-        private = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-        (folder / f"{name}.pem").write_bytes(private)
-        public = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        (folder / f"{name}.pub").write_bytes(public)
-    return folder
 
 
 @pytest.fixture
