@@ -25,6 +25,8 @@ import time
 import venv
 from pathlib import Path
 
+from sbom import document
+
 from iabn_hub.layers.backends import building
 
 ROOT = Path(__file__).parent.parent
@@ -109,12 +111,14 @@ def build(device: str, architectures: list[str], to: Path) -> None:
 
 
 def pack(libraries: Path | None, out: Path) -> Path:
-    """The wheel, with these libraries in it; moved to `out` when it is whole."""
+    """The wheel, with these libraries and a bill of materials in it; moved to `out` when it is whole."""
     environment = {key: value for key, value in os.environ.items() if key != "IABN_HUB_NATIVE"}
     if libraries is not None:
         environment["IABN_HUB_NATIVE"] = str(libraries)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
+        environment["IABN_HUB_SBOM"] = str(Path(folder) / "iabn_hub.cdx.json")
+        Path(environment["IABN_HUB_SBOM"]).write_text(json.dumps(document(), indent=1) + "\n")
         command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, str(ROOT)]
         subprocess.run(command, env=environment, check=True)
         (built,) = Path(folder).glob("*.whl")

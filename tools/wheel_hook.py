@@ -1,4 +1,5 @@
-"""Hatchling's hook: puts the libraries in the folder IABN_HUB_NATIVE into the wheel; without it the wheel is pure."""
+"""Hatchling's hook: puts the libraries in the folder IABN_HUB_NATIVE into the wheel, without which it is pure; and the
+bill of materials IABN_HUB_SBOM."""
 
 import os
 import sysconfig
@@ -12,6 +13,8 @@ class NativeLibraries(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if sbom := os.environ.get("IABN_HUB_SBOM"):
+            build_data["sbom_files"].append(sbom)
         folder = os.environ.get("IABN_HUB_NATIVE")
         if not folder:
             return
