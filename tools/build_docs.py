@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Write the generated parts of the documentation: the page of models, the drawing of the idea, and plots.
+"""Write the generated parts of the documentation: the page of models, tables, the drawing of the idea, and plots.
 
-python tools/build_docs.py        writes docs/models.md and docs/images/
+python tools/build_docs.py        writes docs/models.md, docs/images/, and tables of README.md and docs/benchmarks.md
 mkdocs build --strict             builds the site into site/ (pip install '.[docs]')
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from iabn_hub.benchmarks.plots import step_figure
 from iabn_hub.checkpoints import records
 from iabn_hub.models import MODELS
 
@@ -127,10 +128,80 @@ def conversion_plot(rows):
     return figure
 
 
+# ---- tables of training steps ----------------------------------------------------------------------------------------
+
+IN_README = ("in place", "converted", "compiled, budget 0.5", "in place, compiled, budget 0.5")
+
+
+def conditions(steps):
+    """One sentence with the machine and what was measured."""
+    return (
+        f"Batch {steps['batch_size']} at {steps['size']} × {steps['size']}, {steps['dtype']}, {steps['layout']}, "
+        f"{steps['machine']}"
+    )
+
+
+def steps_in_short(steps):
+    yield f"| network | {' | '.join(IN_README)} |"
+    yield f"|---|{'---|' * len(IN_README)}"
+    for name, rows in steps["networks"].items():
+        cells = [
+            f"{row['kept_ratio']:.2f} / {row['peak_ratio']:.2f} / {row['step_ratio']:.2f}" if "kept" in row else ""
+            for row in (rows.get(way, {}) for way in IN_README)
+        ]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    yield f"{conditions(steps)}; medians of interleaved rounds."
+
+
+def steps_in_full(steps):
+    yield "| network | way | kept | peak | step | spread | compiled in | cosine of the gradients |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, rows in steps["networks"].items():
+        for way, row in rows.items():
+            if "kept" not in row:
+                continue
+            cells = (
+                *(name if way == "standard" else "", way),
+                f"{row['kept'] / 1e6:.0f} MB ({row['kept_ratio']:.2f})",
+                f"{row['peak'] / 1e6:.0f} MB ({row['peak_ratio']:.2f})",
+                f"{1e3 * row['step_s']:.0f} ms ({row['step_ratio']:.2f})",
+                f"{row['step_least']:.2f}–{row['step_most']:.2f}",
+                f"{row['compile_s']:.0f} s" if "compile_s" in row else "",
+                f"{row['gradient_cosine']:.6f}",
+            )
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield f"{conditions(steps)}."
+
+
+def with_part(path, name, lines):
+    """The text of a page with `lines` between the marks of that name."""
+    text = path.read_text()
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{chr(10).join(lines)}\n\n{end}{after}"
+
+
+def pages():
+    """Every generated text, by its file."""
+    steps = json.loads((DOCS / "data" / "step.json").read_text())
+    readme, benchmarks = DOCS.parent / "README.md", DOCS / "benchmarks.md"
+    return {
+        DOCS / "models.md": "\n".join(models_page()) + "\n",
+        DOCS / "images" / "idea.svg": "\n".join(idea_svg()) + "\n",
+        readme: with_part(readme, "steps", steps_in_short(steps)),
+        benchmarks: with_part(benchmarks, "steps", steps_in_full(steps)),
+    }
+
+
 def main():
     (DOCS / "images").mkdir(exist_ok=True)
-    (DOCS / "models.md").write_text("\n".join(models_page()) + "\n")
-    (DOCS / "images" / "idea.svg").write_text("\n".join(idea_svg()) + "\n")
+    for path, text in pages().items():
+        path.write_text(text)
+    steps = json.loads((DOCS / "data" / "step.json").read_text())
+    step_figure(steps, list(steps["networks"])).savefig(DOCS / "images" / "step.svg", metadata={"Date": None})
     rows = json.loads((DOCS / "data" / "conversion.json").read_text())
     conversion_plot(rows).savefig(DOCS / "images" / "conversion.svg", metadata={"Date": None})
     return 0

@@ -22,10 +22,9 @@ Options = tuple[float, int, float, bool]  # eps, activation, its parameter, sign
 
 
 def kernels(x: Tensor) -> Any:
-    """The operators for the device of x. While a compiler is tracing, the formulas behind them, so that it can fuse;
-    inside `use_backend("native")` the operators even then."""
+    """The operators for the device of x; while a compiler is tracing, perhaps the formulas behind them."""
     if torch.compiler.is_compiling():
-        return ops if chosen_backend() == "native" and _loads_native(x.device.type) else reference
+        return ops if calls_operators(x) else reference
     if chosen_backend() == "reference":
         return reference
     # The name of a device is a new string each time, which takes as long as the rest of this function.
@@ -35,6 +34,16 @@ def kernels(x: Tensor) -> Any:
 
         return inductor
     return ops
+
+
+def calls_operators(x: Tensor) -> bool:
+    """Whether compiled code calls the operators, instead of their formulas, which the compiler could fuse.
+
+    On a CPU the native kernels are faster than what Inductor makes of the formulas. On other devices that was not
+    measured: there they are called inside `use_backend("native")`.
+    """
+    chosen = chosen_backend()
+    return chosen == "native" or (chosen is None and x.is_cpu) if _loads_native(x.device.type) else False
 
 
 @torch.compiler.assume_constant_result
@@ -109,6 +118,30 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@first_order_only
+def _batch_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, weight, bias and residual."""
+    y, weight, bias, residual, var = saved
+    options = ctx.options
+    needed = want_x, want_weight, want_bias, want_residual, *_ = ctx.needs_input_grad
+    want_dz = want_residual and options[1] != IDENTITY
+    dx = dz = d_weight = d_bias = None
+    if want_x:
+        dx, dz, d_weight, d_bias = kernels(y).batch_gradient(y, dy, var, want_dz, weight, bias, residual, *options)
+    else:  # a frozen producer
+        if want_weight or want_bias:
+            sum_dz, sum_dz_xhat = kernels(y).gradient_sums(y, dy, weight, bias, residual, *options)
+            d_weight, d_bias = reference.affine_gradients(sum_dz, sum_dz_xhat, weight, bias, options[3])
+        if want_dz:
+            dz = gradient(y, dy, *options[1:3])
+    return (
+        dx,
+        d_weight if want_weight else None,
+        d_bias if want_bias else None,
+        _residual_gradient(needed, options, dy, dz),
+    )
+
+
 class BatchNormalize(torch.autograd.Function):
     """A training step of one process: from x to y, with statistics whose part in the gradient is in that of x.
 
@@ -137,34 +170,37 @@ class BatchNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @first_order_only
-    def backward(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, bias, residual, var = saved
-        options = ctx.options
-        needed = want_x, want_weight, want_bias, want_residual, *_ = ctx.needs_input_grad
-        want_dz = want_residual and options[1] != IDENTITY
-        dx = dz = d_weight = d_bias = None
-        if want_x:
-            dx, dz, d_weight, d_bias = kernels(y).batch_gradient(y, dy, var, want_dz, weight, bias, residual, *options)
-        else:  # a frozen producer
-            if want_weight or want_bias:
-                sum_dz, sum_dz_xhat = kernels(y).gradient_sums(y, dy, weight, bias, residual, *options)
-                d_weight, d_bias = reference.affine_gradients(sum_dz, sum_dz_xhat, weight, bias, options[3])
-            if want_dz:
-                dz = gradient(y, dy, *options[1:3])
-        return (
-            dx,
-            d_weight if want_weight else None,
-            d_bias if want_bias else None,
-            _residual_gradient(needed, options, dy, dz),
-            None, None, None, None,
-        )  # fmt: skip
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_batch_gradients(ctx, dy), None, None, None, None
 
 
 def _residual_gradient(needed: tuple[bool, ...], options: Options, dy: Tensor, dz: Tensor | None) -> Tensor | None:
     if not needed[3]:
         return None
     return dy if options[1] == IDENTITY else dz
+
+
+class TracedBatchNormalize(torch.autograd.Function):
+    """`BatchNormalize` for a compiler: nothing is overwritten, and mean and variance are results as well."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = ops.batch_normalize(x, weight, bias, residual, *options)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(y, weight, bias, residual, var)
+        ctx.options = options
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return *_batch_gradients(ctx, dy), None
 
 
 class Normalize(torch.autograd.Function):

@@ -15,7 +15,17 @@ from torch.autograd import forward_ad
 
 from . import distributed, reference
 from .activations import activation_number
-from .autograd import BatchNormalize, Normalize, Options, Running, batch_normalize, kernels, normalize
+from .autograd import (
+    BatchNormalize,
+    Normalize,
+    Options,
+    Running,
+    TracedBatchNormalize,
+    batch_normalize,
+    calls_operators,
+    kernels,
+    normalize,
+)  # fmt: skip
 from .overwriting import may_overwrite
 from .standard import batch_norm_act
 
@@ -236,11 +246,14 @@ def _in_steps(
     count: int | Tensor = values_per_channel(x)
     if count == 1 and peers.count == 1:
         raise one_value_per_channel(x)
-    with torch.no_grad():
-        mean, var = kernels(x).statistics(x.detach())
-        if peers.count > 1:
-            mean, var, count = peers.merge_statistics(mean, var, values_per_channel(x))
-    y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
+    if peers.count == 1 and keep is None and torch.compiler.is_compiling() and calls_operators(x):
+        y, mean, var = TracedBatchNormalize.apply(*tensors, options)
+    else:
+        with torch.no_grad():
+            mean, var = kernels(x).statistics(x.detach())
+            if peers.count > 1:
+                mean, var, count = peers.merge_statistics(mean, var, values_per_channel(x))
+        y = _normalize(tensors, mean, var, count, options, inplace, peers, keep, with_gradient)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             track_statistics(running_mean, running_var, mean, var, count, momentum)
@@ -339,7 +352,8 @@ def track_statistics(
     else:
         correction = count / (count - 1)
     if not isinstance(count, Tensor) and not isinstance(momentum, Tensor):
-        kernels(mean).update_statistics_(running_mean, running_var, mean, var, momentum, correction)
+        update = reference if torch.compiler.is_compiling() else kernels(mean)
+        update.update_statistics_(running_mean, running_var, mean, var, momentum, correction)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version((running_mean, running_var))
         return
