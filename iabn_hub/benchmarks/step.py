@@ -56,7 +56,7 @@ class Way:
         converted: after `iabn_hub.convert`.
         checkpointing: each block or stage is computed again in the backward pass.
         budget: of torch.compile, its activation memory budget; None is eager mode.
-        operators: compiled code calls the layer's kernels, in place of their formulas.
+        formulas: compiled code has the layer's formulas, in place of calls of its kernels.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Way:
     converted: bool = False
     checkpointing: bool = False
     budget: float | None = None
-    operators: bool = False
+    formulas: bool = False
 
 
 WAYS = (
@@ -78,7 +78,7 @@ WAYS = (
     Way("compiled, budget 0.99", budget=0.99),
     Way("compiled, budget 0.5", budget=0.5),
     Way("in place, compiled", inplace=True, budget=1.0),
-    Way("in place, compiled, operators", inplace=True, budget=1.0, operators=True),
+    Way("in place, compiled, formulas", inplace=True, budget=1.0, formulas=True),
     Way("in place, compiled, budget 0.5", inplace=True, budget=0.5),
 )
 
@@ -101,7 +101,7 @@ class Contender:
         # Autograd's threads compile the backward pass: the budget is a global of torch's, not one of a thread.
         torch._functorch.config.activation_memory_budget = 1.0 if self.way.budget is None else self.way.budget
         try:
-            with use_backend("native") if self.way.operators else contextlib.nullcontext():
+            with use_backend("reference") if self.way.formulas else contextlib.nullcontext():
                 yield
         finally:
             torch._functorch.config.activation_memory_budget = 1.0
