@@ -97,3 +97,16 @@ def test_the_same_sources_give_the_same_bytes(copies, tmp_path):
     with zipfile.ZipFile(built[0]) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/sboms/iabn_hub.cdx.json")]
         assert json.loads(wheel.read(name)) == sbom()
+
+
+PERMISSIVE = ("MIT", "BSD", "Apache", "MPL", "Mozilla Public License", "PSF", "ISC", "Zlib", "0BSD", "CC0", "Unlicense")
+
+
+def test_licences_of_what_is_needed():
+    """Permissive ones; NVIDIA's libraries, which torch brings, are its own."""
+    for each in sbom()["components"]:
+        if each["name"].startswith(("nvidia-", "cuda-")):
+            continue
+        (licence,) = [entry["license"]["name"] for entry in each.get("licenses", ())]
+        assert any(name in licence for name in PERMISSIVE), f"{each['name']} {each['version']}: {licence}"
+        assert "GPL" not in licence.replace("LGPL", "GPL"), f"{each['name']} {each['version']}: {licence}"
