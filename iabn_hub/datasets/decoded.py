@@ -19,8 +19,8 @@ from .folders import DataError
 class DecodedImages:
     """The images of a data set as bytes, each written by whoever decodes it first.
 
-    The file is in a temporary folder (`TMPDIR`), and deleted with this object. It takes no room for images that were
-    not read yet.
+    The file is in a temporary folder (`TMPDIR`), and deleted with this object. Its room is reserved at once: where the
+    disk is full later, a write into the mapping would end the process.
 
     Args:
         files: of the images.
@@ -46,8 +46,17 @@ class DecodedImages:
                 )
         self.folder = tempfile.mkdtemp(prefix="iabn_hub-decoded-")
         weakref.finalize(self, _delete, self.folder, os.getpid())
-        np.memmap(self._file("pixels"), np.uint8, "w+", shape=(max(1, int(self.offsets[-1])),))
-        np.memmap(self._file("sizes"), np.int32, "w+", shape=(max(1, len(files)), 2))
+        for name, size in (("pixels", int(self.offsets[-1])), ("sizes", 8 * len(files))):
+            with self._file(name).open("wb") as reserved:
+                reserved.truncate(max(8, size))
+                try:
+                    if hasattr(os, "posix_fallocate"):  # not on macOS
+                        os.posix_fallocate(reserved.fileno(), 0, max(8, size))
+                except OSError as e:
+                    raise DataError(
+                        f"{self.folder}: {size:,} bytes for decoded images cannot be reserved ({e.strerror}): "
+                        "leave out --cache-images, or set TMPDIR to a larger disk"
+                    ) from e
         self._map()
 
     def get(self, index: int) -> Image.Image | None:
