@@ -61,7 +61,11 @@ network_options = options(
 @click.argument("model", metavar="MODEL", shell_complete=complete_names)
 @click.argument("data", metavar="[DATA]", default="")
 @click.option("--split", default="val", show_default=True, help="Its name, or shards.")
-@click.option("--check", is_flag=True, help="Compare with the published figures of this protocol.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Compare with the published figures of this protocol, or with those of a run's metrics.json.",
+)
 @click.option("--tolerance", type=click.FloatRange(min=0), default=0.1, show_default=True, metavar="POINTS")
 @classification_options
 @segmentation_options
@@ -91,7 +95,7 @@ def command(model: str, data: str, **given: Any) -> int:
     Examples:
       iabn-hub validate test_resnet_iabn.mnist data/mnist --check
       iabn-hub validate resnext101_iabn /data/imagenet --ten-crop --check
-      iabn-hub validate runs/digits data/mnist --report digits.html
+      iabn-hub validate runs/digits data/mnist --report digits.html --check
       iabn-hub validate wider_resnet38_deeplab3_iabn.vistas /data/vistas --flip
       iabn-hub validate resnet50.pth /data/imagenet --arch resnet50_iabn --norm-layer abn --activation relu
     """

@@ -15,7 +15,11 @@ from ..datasets.transforms import Normalize
 from ..evaluation import Runtime, evaluate
 from ..files import write_atomically
 from ..models.pretrained import Pretrained, load_pretrained
+from ..recipes.metrics import read_metrics
 from ..world import World
+
+METRICS = "metrics.json"
+CHECKED = ("top1", "top5", "miou")
 
 
 class ValidationProtocol(Protocol):
@@ -54,7 +58,7 @@ class ValidateOptions:
         name, arch: of the network, see `load_pretrained`.
         location: of the images; its `val_split` is validated.
         network: options of a network that is built for the same weights, such as `norm_layer`.
-        check: compare with the published figures; a difference of up to `tolerance` points passes.
+        check: compare with the published figures, or those of the run; a difference of up to `tolerance` points passes.
         batch_size: images at once, per rank; for classification.
         workers: processes that read images, per rank.
         report: write an HTML page there.
@@ -90,7 +94,7 @@ def validate(
     if options.network:
         network = network.rebuilt(**options.network)
     protocol = make_protocol(network)
-    check = _published(network, protocol) if options.check else None
+    check = _stated(network, protocol, Path(options.name)) if options.check else None
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)  # a wrong path is better known now
     loader, found = protocol.open(options.location, options.batch_size, options.workers, world)
@@ -126,10 +130,18 @@ def validate(
     return facts, [*notes, *protocol.lines(facts), *(_check_lines(facts["check"], metrics.images) if check else [])]
 
 
-def _published(network: Pretrained, protocol: ValidationProtocol) -> dict[str, Any]:
-    if network.record is None:
-        raise ValueError("--check compares with published figures, so MODEL must be a name from 'iabn-hub list'")
-    return protocol.published(network.record)
+def _stated(network: Pretrained, protocol: ValidationProtocol, run: Path) -> dict[str, Any]:
+    """The published figures of a network, or those of its run."""
+    if network.record is not None:
+        return protocol.published(network.record)
+    if not (run / METRICS).is_file():
+        raise ValueError(
+            "--check compares with published figures or those of a run, so MODEL must be a name from 'iabn-hub list', "
+            f"or the folder of a run with {METRICS}"
+        )
+    result = read_metrics(run / METRICS).result
+    figures = {name: result[name] for name in CHECKED if isinstance(result.get(name), float)}
+    return {"protocol": "of the run", "dataset": "the images of its validation", "published": figures, "images": None}
 
 
 def _compared(check: dict[str, Any], facts: dict[str, Any], tolerance: float) -> dict[str, Any]:

@@ -63,6 +63,19 @@ def test_the_same_weights_by_every_name(measure, pictures, train, tmp_path, digi
     assert measure(out, data)[0] == 0  # the best snapshot
 
 
+def test_the_figures_of_a_run_are_measured_again(measure, pictures, train, tmp_path):
+    data, out = pictures(), tmp_path / "run"
+    assert train(data, "--epochs", "2") == 0
+    code, found = measure(out, data, "--check")
+    assert (code, found["check"]["passed"], found["check"]["difference"]["top1"]) == (0, True, 0)
+    metrics = json.loads((out / "metrics.json").read_text())
+    metrics["result"]["top1"] += 1.0
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    code, found = measure(out, data, "--check")
+    assert (code, found["check"]["passed"]) == (1, False)
+    assert found["check"]["difference"]["top1"] == pytest.approx(-1)
+
+
 def test_a_file_in_the_folder_of_a_run_is_the_one_that_is_measured(measure, pictures, train, recipe_file, tmp_path):
     data, out = pictures(), tmp_path / "run"
     recipe = recipe_file(network={"activation": "elu"}, training={"signed_scale": True})
