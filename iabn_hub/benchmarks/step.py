@@ -2,7 +2,7 @@
 
 Bytes are those of the allocator: *kept* is what is alive between the forward and the backward pass, *peak* the most
 that is alive at once, both beyond parameters, their gradients and the images. Times are those of a forward and a
-backward pass; each round runs every way once, and the ratios are medians over the rounds.
+backward pass; each round runs the baseline and the way in turn, and the ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -124,9 +124,8 @@ def measure_network(name: str, options: StepOptions, report: Callable[[str], Non
     A way that fails, such as a compiler without its tools, has the reason as `why` alone.
     """
     found: dict[str, dict[str, Any]] = {}
-    contenders: list[Contender] = []
-    images = torch.empty(0)
     exact: dict[bool, torch.Tensor] = {}
+    baseline: Contender | None = None
     for way in _ways_of(name, options):
         torch.manual_seed(0)
         try:
@@ -142,21 +141,19 @@ def measure_network(name: str, options: StepOptions, report: Callable[[str], Non
                 if way.inplace not in exact:
                     exact[way.inplace] = _exact_gradients(name, way.inplace, options, images)
                 contender.facts["gradient_cosine"] = _cosine(_gradients(contender, images), exact[way.inplace])
+            baseline = baseline or contender
+            # Now, since the next that is compiled discards the code of this one.
+            contender.facts |= _times(baseline, contender, images, options.rounds)
         except Exception as e:
             if way.name == BASELINE:
                 raise
             found[way.name] = {"why": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"}
             report(f"  {way.name:<32} {found[way.name]['why']}"[:80])
             continue
-        contenders.append(contender)
         facts = contender.facts
+        facts |= {f"{key}_ratio": facts[key] / baseline.facts[key] for key in ("kept", "peak")}
+        found[way.name] = facts
         report(f"  {way.name:<32} keeps {facts['kept'] / 1e6:8.1f} MB, peak {facts['peak'] / 1e6:8.1f} MB")
-    _time(contenders, images, options.rounds)
-    baseline = contenders[0].facts
-    for contender in contenders:
-        facts = contender.facts
-        facts |= {f"{key}_ratio": facts[key] / baseline[key] for key in ("kept", "peak")}
-        found[contender.way.name] = facts
     report("")
     for line in table(found):
         report(line)
@@ -313,6 +310,7 @@ def _highest(changes: list[int]) -> int:
 
 def _gradients(contender: Contender, images: torch.Tensor) -> torch.Tensor:
     contender.network.zero_grad(set_to_none=True)
+    torch.manual_seed(2)  # of dropout
     contender.train(images)
     return torch.cat([p.grad.double().flatten() for p in contender.network.parameters() if p.grad is not None])
 
@@ -335,31 +333,29 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.dot(a, b) / (a.norm() * b.norm()))
 
 
-def _time(contenders: list[Contender], images: torch.Tensor, rounds: int) -> None:
-    """Seconds of a step, its ratio to that of the first contender, and the least and largest of these."""
-    times: list[list[float]] = []
-    for number in range(rounds + 1):
-        each = []
-        for contender in contenders:
-            contender.network.zero_grad(set_to_none=True)
-            if images.is_cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            contender.train(images)
-            if images.is_cuda:
-                torch.cuda.synchronize()
-            each.append(time.perf_counter() - started)
-            contender.network.zero_grad(set_to_none=True)
-        if number:  # the first warms up
-            times.append(each)
-    for k, contender in enumerate(contenders):
-        ratios = [each[k] / each[0] for each in times]
-        contender.facts |= {
-            "step_s": statistics.median(each[k] for each in times),
-            "step_ratio": statistics.median(ratios),
-            "step_least": min(ratios),
-            "step_most": max(ratios),
-        }
+def _times(baseline: Contender, contender: Contender, images: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Seconds of a step, its ratio to that of the baseline, and the least and largest of these ratios."""
+    pairs = [[_seconds(each, images) for each in (baseline, contender)] for _ in range(rounds + 1)][1:]
+    ratios = [ours / theirs for theirs, ours in pairs] if contender is not baseline else [1.0]
+    return {
+        "step_s": statistics.median(ours for _, ours in pairs),
+        "step_ratio": statistics.median(ratios),
+        "step_least": min(ratios),
+        "step_most": max(ratios),
+    }
+
+
+def _seconds(contender: Contender, images: torch.Tensor) -> float:
+    contender.network.zero_grad(set_to_none=True)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    contender.train(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    contender.network.zero_grad(set_to_none=True)
+    return seconds
 
 
 def summarised(result: dict[str, Any]) -> dict[str, Any]:

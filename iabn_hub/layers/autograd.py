@@ -43,7 +43,8 @@ def calls_operators(x: Tensor) -> bool:
     measured: there they are called inside `use_backend("native")`.
     """
     chosen = chosen_backend()
-    return chosen == "native" or (chosen is None and x.is_cpu) if _loads_native(x.device.type) else False
+    wanted = chosen == "native" or (chosen is None and x.is_cpu)
+    return wanted and _loads_native(x.device.type)
 
 
 @torch.compiler.assume_constant_result
