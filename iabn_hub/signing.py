@@ -7,17 +7,22 @@ folder nor an older one of the same publisher can take its place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .files import FOLDER_LOCK, expanded, write_atomically
+from .files import NoHomeError, UntrustedError, expanded, require_trusted, write_atomically
 from .schema import load_json
 
 SIGNATURE, RELEASE = "model.sig", "release.json"
+IGNORED = (SIGNATURE, ".gitattributes", ".cache")  # the last two are added by the Hub and by its client
 VARIABLE = "IABN_HUB_PUBLISHERS"
 
 
@@ -38,33 +43,39 @@ class Publisher:
     minimum: int = 0
 
 
-def sign(folder: Path, name: str, release: int, private_key: Path) -> None:
-    """Write release.json and model.sig into a folder; a signature that is right already stays as it is.
+def sign(folder: Path, files: Iterable[str], name: str, release: int, private_key: Path) -> None:
+    """Write release.json and model.sig, over these files and release.json, into a folder.
+
+    A signature that is right already stays as it is.
 
     Raises:
-        SignatureError: the key cannot be read, or model-signing is not installed.
+        SignatureError: the key cannot be used, or model-signing is not installed; nothing was written.
     """
-    signing = _library()
-    write_atomically(folder / RELEASE, json.dumps({"name": name, "release": release}, indent=1).encode() + b"\n")
-    with tempfile.TemporaryDirectory() as place:
+    signing, public_key = _library(), public_key_of(private_key)
+    with tempfile.TemporaryDirectory(prefix="iabn_hub-sign-") as place:
+        stage = Path(place) / "folder"
+        stage.mkdir()
+        for file in set(files) - {SIGNATURE, RELEASE}:
+            _link(folder / file, stage / file)
+        (stage / RELEASE).write_text(json.dumps({"name": name, "release": release}, indent=1) + "\n")
         public = Path(place) / "key.pub"
-        public.write_bytes(_public_key(private_key))
+        public.write_bytes(public_key)
+        if (folder / SIGNATURE).is_file():
+            shutil.copy(folder / SIGNATURE, stage / SIGNATURE)
         try:
-            verify(folder, name, Publisher(public, release))
-            return
+            verify(stage, name, Publisher(public, release))
         except SignatureError:
-            (folder / SIGNATURE).unlink(missing_ok=True)
-        written = Path(place) / SIGNATURE
-        config = signing.signing.Config().use_elliptic_key_signer(private_key=private_key)
-        config.set_hashing_config(_hashing(folder)).sign(folder, written)
-        write_atomically(folder / SIGNATURE, written.read_bytes())
+            config = signing.signing.Config().use_elliptic_key_signer(private_key=private_key)
+            config.set_hashing_config(_hashing()).sign(stage, stage / SIGNATURE)
+        for file in (RELEASE, SIGNATURE):
+            write_atomically(folder / file, (stage / file).read_bytes())
 
 
 def verify(folder: Path, name: str, publisher: Publisher) -> int:
     """The number of the release in a folder, if it is complete, unchanged, and signed by that publisher.
 
     Args:
-        name: of what was asked for.
+        name: of what was asked for: ORG/NAME, or NAME alone for that of any ORG.
 
     Raises:
         SignatureError: it is not; says what is wrong.
@@ -74,44 +85,67 @@ def verify(folder: Path, name: str, publisher: Publisher) -> int:
         raise SignatureError(f"{folder} is not signed: there is no {SIGNATURE} in it")
     if not publisher.key.is_file():
         raise SignatureError(f"the public key {publisher.key} is missing")
-    config = _library().verifying.Config().use_elliptic_key_verifier(public_key=publisher.key)
+    library = _library()
     try:
-        config.set_hashing_config(_hashing(folder)).verify(folder, signature)
+        # It prints warnings, which must not be among what a script reads.
+        with contextlib.redirect_stdout(sys.stderr):
+            config = library.verifying.Config().use_elliptic_key_verifier(public_key=publisher.key)
+            config.set_hashing_config(_hashing()).verify(folder, signature)
     except Exception as e:  # as many kinds as there are ways to be wrong
-        raise SignatureError(f"{folder}: {_reason(str(e), publisher)}") from e
+        raise SignatureError(f"{folder}: {_reason(e, publisher)}") from e
     signed = load_json(folder / RELEASE, SignatureError)
     found, release = (signed.get("name"), signed.get("release")) if isinstance(signed, dict) else (None, None)
-    if found != name:
+    if found != name and not ("/" not in name and str(found).endswith(f"/{name}")):
         raise SignatureError(f"{folder} is signed as {found!r}, not as {name!r}")
-    if not isinstance(release, int) or release < publisher.minimum:
+    if type(release) is not int or release < publisher.minimum:
         raise SignatureError(
-            f"{folder} is release {release} of {name}; the oldest that is taken is {publisher.minimum}"
+            f"{folder} is release {release} of {found}; the oldest that is taken is {publisher.minimum}"
         )
     return release
 
 
-def _reason(text: str, publisher: Publisher) -> str:
-    first = text.strip().splitlines()[0][:300] if text.strip() else "no reason given"
-    if "Extra files" in text or "Missing files" in text or "Hash mismatch" in text:
-        return f"the files are not those that were signed ({first})"
-    return f"the signature is not one of the key {publisher.key} ({first})"
+def public_key_of(private_key: Path) -> bytes:
+    """PEM, of a private key on a curve that model-signing knows.
 
-
-def _hashing(folder: Path) -> Any:
-    config = _library().hashing.Config()
-    config.set_ignored_paths(paths=[folder / SIGNATURE, folder / FOLDER_LOCK], ignore_git_paths=False)
-    return config
-
-
-def _public_key(private_key: Path) -> bytes:
+    Raises:
+        SignatureError: the file holds no such key.
+    """
+    _library()
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - comes with model-signing
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
 
     try:
         key = serialization.load_pem_private_key(private_key.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as e:
         raise SignatureError(f"{private_key} is not a private key without a password: {e}") from e
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise SignatureError(
+            f"{private_key} is not a key of ECDSA, such as of openssl ecparam -name prime256v1 -genkey"
+        )
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return key.public_key().public_bytes(serialization.Encoding.PEM, form)
+
+
+def _reason(error: Exception, publisher: Publisher) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    if any(words in text for words in ("Extra files", "Missing files", "Hash mismatch")):
+        return f"the files are not those that were signed ({text})"
+    if "InvalidSignature" in type(error).__name__ or "signature" in text.lower():
+        return f"the signature is not one of the key {publisher.key} ({text})"
+    return f"the signature cannot be checked with the key {publisher.key} ({text})"
+
+
+def _hashing() -> Any:
+    config = _library().hashing.Config()
+    config.set_ignored_paths(paths=[Path(name) for name in IGNORED], ignore_git_paths=False)
+    return config.set_allow_symlinks(True)  # the Hub's cache consists of links; what they lead to is hashed
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # another file system
+        shutil.copy(file, to)
 
 
 def _library() -> Any:
@@ -126,26 +160,50 @@ def _library() -> Any:
 
 
 def publishers_file() -> Path:
-    """Where they are listed: `IABN_HUB_PUBLISHERS`, or iabn_hub/publishers.json in the user's configuration folder."""
+    """Where they are listed: `IABN_HUB_PUBLISHERS`, or iabn_hub/publishers.json in the user's configuration folder.
+
+    Raises:
+        SignatureError: there is no such place.
+    """
     named = os.environ.get(VARIABLE)
     root = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return expanded(named or Path(root) / "iabn_hub" / "publishers.json", VARIABLE)
+    try:
+        path = expanded(named or Path(root) / "iabn_hub" / "publishers.json", VARIABLE)
+    except NoHomeError as e:
+        raise SignatureError(
+            f"the home folder of this user is not known: set {VARIABLE} to the list of publishers"
+        ) from e
+    if not path.is_absolute():
+        raise SignatureError(f"{VARIABLE} is {named!r}: name the list by its absolute path")
+    return path
 
 
 def publishers() -> dict[str, Publisher]:
     """Who may sign what, by name, such as 'ORG/iabn': {"key": FILE, "minimum": N}; a key is relative to the list.
 
     Raises:
-        SignatureError: the list cannot be read.
+        SignatureError: the list cannot be read, or other users can change it or a key.
     """
     path = publishers_file()
     if not path.is_file():
         return {}
-    listed = load_json(path, SignatureError)
+    found: dict[str, Publisher] = {}
     try:
-        return {
-            str(name): Publisher(path.parent / str(entry["key"]), int(entry.get("minimum", 0)))
-            for name, entry in listed.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise SignatureError(f'{path} should be {{"ORG/NAME": {{"key": "FILE"}}}} ({e!r})') from e
+        require_trusted(path)
+        listed = load_json(path, SignatureError)
+        for name, entry in (listed if isinstance(listed, dict) else {"": None}).items():
+            found[name] = _publisher(path, name, entry)
+            require_trusted(found[name].key)
+    except UntrustedError as e:
+        raise SignatureError(f"whoever can change the list of publishers can run code, and {e}") from e
+    return found
+
+
+def _publisher(path: Path, name: str, entry: Any) -> Publisher:
+    right = isinstance(entry, dict) and entry.keys() <= {"key", "minimum"} and isinstance(entry.get("key"), str)
+    if not right or type(entry.get("minimum", 0)) is not int or entry.get("minimum", 0) < 0:
+        raise SignatureError(
+            f'{path}: {name!r} should be {{"key": FILE, "minimum": RELEASE}}, with the file of a public key and the '
+            "number of the oldest release that is taken"
+        )
+    return Publisher(path.parent / entry["key"], entry.get("minimum", 0))

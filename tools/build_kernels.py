@@ -24,6 +24,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from build_wheel import add_targets, build, devices_of
@@ -32,7 +33,7 @@ from iabn_hub import __version__
 from iabn_hub.files import sha256_of
 from iabn_hub.layers import ops as schemas
 from iabn_hub.layers.backends import building
-from iabn_hub.signing import SignatureError, sign
+from iabn_hub.signing import SignatureError, public_key_of, sign
 
 ROOT = Path(__file__).parent.parent
 INIT = '''"""The operators of in-place activated BatchNorm, compiled, in torch.ops.iabn_hub."""
@@ -99,8 +100,10 @@ def variant(device: str) -> str:
     return f"torch-stable-abi210-{backend}-{platform.machine()}-{platform.system().lower()}"
 
 
-def write_variant(out: Path, device: str, architectures: list[str]) -> tuple[str, Path]:
-    """Build one variant aside and move it into place; returns its name and its library."""
+def write_variant(
+    out: Path, device: str, architectures: list[str], signed: Callable[[Path], None] | None = None
+) -> tuple[str, Path]:
+    """Build one variant aside, sign it, and move it into place; returns its name and its library."""
     name = variant(device)
     (out / "build").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out / "build", prefix=".partial-") as folder:
@@ -108,6 +111,8 @@ def write_variant(out: Path, device: str, architectures: list[str]) -> tuple[str
         part.mkdir()
         build(device, architectures, part)
         library = complete(part, device, architectures)
+        if signed:
+            signed(part)
         target = out / "build" / name
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
@@ -143,11 +148,17 @@ def main() -> int:
     devices = devices_of(arguments)
     if arguments.out.is_dir() and any(arguments.out.iterdir()) and not (arguments.out / "build").is_dir():
         parser.error(f"{arguments.out} holds other files: name another folder")
+
+    def signed(folder: Path) -> None:
+        if arguments.sign:
+            files = [path.name for path in folder.iterdir()]
+            sign(folder, files, arguments.name, arguments.release, arguments.sign)
+
     try:
+        if arguments.sign:
+            public_key_of(arguments.sign)  # before minutes of building
         for device in devices:
-            _, library = write_variant(arguments.out, device, arguments.architectures)
-            if arguments.sign:
-                sign(library.parent, arguments.name, arguments.release, arguments.sign)
+            _, library = write_variant(arguments.out, device, arguments.architectures, signed)
             print(f"{library.parent}: {library.stat().st_size:,} bytes")
     except (building.BuildError, SignatureError, OSError) as e:
         print(f"build_kernels: {e}", file=sys.stderr)

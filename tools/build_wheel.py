@@ -23,10 +23,12 @@ import sysconfig
 import tempfile
 import time
 import venv
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sbom import document
+from sbom import PACKAGE, document
 
+from iabn_hub import __version__
 from iabn_hub.layers.backends import building
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +187,11 @@ def main() -> int:
     arguments = parser.parse_args()
     devices = devices_of(arguments)
     try:
+        installed = version(PACKAGE)
+        if installed != __version__:
+            raise building.BuildError(
+                f"{PACKAGE} {installed} is installed, this is {__version__}: pip install -e . first"
+            )
         with tempfile.TemporaryDirectory() as folder:
             libraries = arguments.libraries or Path(folder)
             libraries.mkdir(parents=True, exist_ok=True)
@@ -197,7 +204,7 @@ def main() -> int:
                 print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
                 if arguments.check:
                     print(f"  {check(wheel, native is not None)}", flush=True)
-    except (building.BuildError, subprocess.CalledProcessError, OSError) as e:
+    except (building.BuildError, PackageNotFoundError, subprocess.CalledProcessError, OSError) as e:
         print(f"build_wheel: {e}", file=sys.stderr)
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """A plot of each network of `measure_steps`, as NAME.svg and NAME.png in `folder`; returns their paths.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed; says how to.
+        ValueError: matplotlib is not installed; says how to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -29,12 +30,16 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+def require_matplotlib() -> None:
+    """Raise a ValueError that says how to install it, unless it is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a plot needs the package matplotlib: pip install 'iabn-hub[train]'")
+
+
 def step_figure(result: dict[str, Any], names: list[str]) -> Figure:
     """Bytes kept against the time of a step, relative to the standard network, with Pareto fronts."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("a plot needs matplotlib: pip install 'iabn-hub[train]'") from e
+    require_matplotlib()
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
@@ -68,7 +73,7 @@ def _draw_network(axis: Axes, name: str, rows: dict[str, Any]) -> None:
             axis.plot(kept, step, marker=drawn.get_marker(), color=drawn.get_color(), linestyle="", zorder=2)
             axis.annotate(str(number), (kept, step), (5, 4), textcoords="offset points", fontsize=8)
     axis.set_title(name, fontsize=10)
-    axis.set_xlim(0, 1.08)
+    axis.set_xlim(0, 1.08 * max(1.0, *(kept for kept, _ in points.values())))
     axis.grid(alpha=0.3)
 
 

@@ -11,10 +11,12 @@ import torch
 
 from ..benchmarks.layer import LayerOptions, measure_layer
 from ..benchmarks.memory import NETWORKS, measure_memory
-from ..benchmarks.plots import draw
+from ..benchmarks.plots import draw, require_matplotlib
 from ..benchmarks.step import BASELINE, DTYPES, WAYS, StepOptions, add_largest_batches, measure_steps, summarised
 from ..benchmarks.step import NETWORKS as STEP_NETWORKS
 from ..benchmarks.training import TrainingOptions, measure_training
+from ..models import MODELS
+from ..models.libraries import create_from_library
 from ..world import init_world, usable_device
 from .frame import device_option, json_option, options, print_json, workers_option
 
@@ -87,25 +89,31 @@ def step(networks: tuple[str, ...], nchw: bool, ways: tuple[str, ...], **given: 
     Examples:
       iabn-hub benchmark step resnet50_iabn --no-compile
       iabn-hub benchmark step efficientnet_b0 --way converted --fit 2e9
-      iabn-hub benchmark step --json > step.json        the table of the documentation, 40 minutes on 2 cores
+      iabn-hub benchmark step --json > step.json        the table of the documentation, an hour on 2 cores
     """
     device, report = _prepare(given)
     unknown = set(ways) - {way.name for way in WAYS}
     if unknown:
         known = ", ".join(repr(way.name) for way in WAYS)
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose of {known}", param_hint="'--way'")
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: choose one of {known}", param_hint="'--way'")
     options = StepOptions(
         given["batch_size"], given["size"], device, given["dtype"], not nchw, not given["no_compile"],
         rounds=given["rounds"], ways=ways,
     )  # fmt: skip
-    result = measure_steps(networks or STEP_NETWORKS, options, report)
+    names = networks or STEP_NETWORKS
+    for name in set(names) - set(MODELS):
+        create_from_library(name)  # known now, not after an hour
+    if given["plot"]:
+        require_matplotlib()
+        given["plot"].mkdir(parents=True, exist_ok=True)
+    result = measure_steps(names, options, report)
     if given["fit"]:
         add_largest_batches(result, int(given["fit"]), options, report)
+    if given["as_json"]:
+        print_json(summarised(result))
     if given["plot"]:
         for path in draw(result, given["plot"]):
             report(f"wrote {path}")
-    if given["as_json"]:
-        print_json(summarised(result))
 
 
 @command.command("training")

@@ -96,6 +96,8 @@ def _check_usage(names: tuple[str, ...], everything: bool, given: dict[str, Any]
         raise click.UsageError("name the checkpoints, or pass --all")
     if not (given["to_dir"] or given["repo"] or given["dry_run"] or given["check"]):
         raise click.UsageError("name a target: --to-dir DIR, --repo ORG/NAME or both")
+    if given["sign"] and not given["to_dir"]:
+        raise click.UsageError("--sign needs --to-dir, where the signature is kept: each new one is another file")
     if given["best"] and not given["given"]:
         raise click.UsageError("--best chooses an epoch of a run: name the run with --from")
     if given["repo"] and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given["repo"]):
@@ -153,7 +155,7 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
         repo = f"{repo}/{export.name}"
     files = write_repository(export, folder, repo, given["overwrite"])
     if given["sign"]:
-        sign(folder, repo or export.name, given["release"], given["sign"])
+        sign(folder, files, repo or export.name, given["release"], given["sign"])
         files |= {name: folder / name for name in (RELEASE, SIGNATURE)}
     sizes = {file: path.stat().st_size for file, path in files.items()}
     row |= {"source": dict(export.origin), "files": sizes, "md5": md5_of(files[WEIGHTS])}

@@ -23,7 +23,12 @@ from .frame import FAILED, OK, complete_names, json_option, print_json
 @click.option("--mirror", type=click.Path(path_type=Path), metavar="DIR", help="Check a mirror instead of the cache.")
 @click.option("--signature", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="KEY",
               help="Check the signature of folders, with this public key (PEM).")  # fmt: skip
-@click.option("--as", "signed_as", metavar="NAME", help="What the folder must be signed as (default: its own name).")
+@click.option(
+    "--as",
+    "signed_as",
+    metavar="NAME",
+    help="What the folder must be signed as: ORG/NAME (default: its own name, of any ORG).",
+)
 @click.option("--minimum", type=click.IntRange(min=0), default=0, metavar="N", help="The oldest release that is taken.")
 @json_option
 def command(
@@ -38,7 +43,7 @@ def command(
 
     Reads the files again and compares with the published md5. A digest proves that a file is the published one. Who
     published it, only a signature proves: with --signature, NAME is a folder that 'iabn-hub export --sign' wrote, of
-    which no file may be changed, added or missing.
+    which no file may be changed, added or missing, but for the .gitattributes and .cache of the Hub.
 
     NAME is model or model.tag; without names, all cached checkpoints are checked.
 
@@ -47,6 +52,10 @@ def command(
       iabn-hub verify
       iabn-hub verify export/resnext101_iabn.lr_512_in1k --signature key.pub --minimum 3
     """
+    if signature is None and (signed_as or minimum):
+        raise click.UsageError("--as and --minimum are for --signature")
+    if signature is not None and mirror is not None:
+        raise click.UsageError("--signature is for folders, --mirror for mirrors: pass one of them")
     if signature is not None:
         return _verify_signatures(names, signature, signed_as, minimum, as_json)
     rows = _verify_cached(names) if mirror is None else verify_mirror(mirror)

@@ -15,6 +15,8 @@ from PIL import Image
 
 from .folders import DataError
 
+PREFIX = "iabn_hub-decoded-"
+
 
 class DecodedImages:
     """The images of a data set as bytes, each written by whoever decodes it first.
@@ -24,7 +26,7 @@ class DecodedImages:
 
     Args:
         files: of the images.
-        shorter_side: they are resized to, before they are written; 0: as they are.
+        shorter_side: they are resized to, before they are written; 0 or less: as they are.
 
     Raises:
         DataError: there is not enough free space; says how much is needed.
@@ -34,17 +36,22 @@ class DecodedImages:
         self.shorter_side = shorter_side
         self.offsets = np.zeros(len(files) + 1, dtype=np.int64)
         free = shutil.disk_usage(tempfile.gettempdir()).free
-        for index, file in enumerate(files):
-            self.offsets[index + 1] = self.offsets[index] + self._bytes_of(file)
-            # Said early: of a million images the sizes alone take minutes to read.
-            expected = self.offsets[index + 1] / (index + 1) * len(files)
-            if ((index + 1) % 1000 == 0 or index + 1 == len(files)) and expected > 0.9 * free:
+        # Of a million images the sizes alone take minutes to read: first of a few from everywhere.
+        some = files[:: max(1, len(files) // 1000)]
+        for sample in (some, files) if len(some) < len(files) else (files,):
+            sizes = [self._bytes_of(file) for file in sample]
+            expected = sum(sizes) / max(1, len(sample)) * len(files)
+            if expected > 0.9 * free:
                 raise DataError(
                     f"decoded, the {len(files):,} images take about {expected / 1e9:.1f} GB, but "
                     f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free: leave out --cache-images, or set TMPDIR "
                     "to a larger disk"
                 )
-        self.folder = tempfile.mkdtemp(prefix="iabn_hub-decoded-")
+        self.offsets[1:] = np.cumsum(sizes)
+        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of a process that was killed
+            if not _is_running(left.name.removeprefix(PREFIX).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        self.folder = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
         weakref.finalize(self, _delete, self.folder, os.getpid())
         for name, size in (("pixels", int(self.offsets[-1])), ("sizes", 8 * len(files))):
             with self._file(name).open("wb") as reserved:
@@ -87,7 +94,7 @@ class DecodedImages:
         except Exception:  # as many kinds as there are formats
             return 0
         # Upright it may be the other way round, which rounds otherwise.
-        sizes = [_resized(each, self.shorter_side) if self.shorter_side else each for each in (size, size[::-1])]
+        sizes = [_resized(each, self.shorter_side) if self.shorter_side > 0 else each for each in (size, size[::-1])]
         return max(3 * width * height for width, height in sizes)
 
     def _file(self, name: str) -> Path:
@@ -111,6 +118,16 @@ def _resized(size: tuple[int, int], shorter_side: int) -> tuple[int, int]:
     short, long = min(size), max(size)
     scaled = shorter_side, math.trunc(shorter_side * long / short)
     return scaled if width <= height else scaled[::-1]
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def _delete(folder: str, owner: int) -> None:

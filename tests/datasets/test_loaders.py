@@ -4,7 +4,10 @@ import gc
 import io
 import os
 import pickle
+import subprocess
 import tarfile
+import tempfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -336,17 +339,18 @@ def test_a_folder_without_splits(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("shorter_side", [0, 40])
+@pytest.mark.parametrize("shorter_side", [-1, 40])
 def test_decoded_images_are_those_of_the_files(source, workers, shorter_side):
-    recipe = recipe_from({**TINY, "input": {**TINY["input"], "scale_train": shorter_side or -1}}, "")
+    recipe = recipe_from({**TINY, "input": {**TINY["input"], "scale_train": shorter_side}}, "")
     made = []
     for cached in (False, True):
         samples = samples_of(source, train_transform(recipe), ALONE, training=True)
         if cached:
-            samples.keep_decoded(shorter_side)
+            samples.keep_decoded(recipe.input.scale_train)
         made.append(TrainLoader(samples, BatchPlan(8), workers, ALONE))
     for number in (0, 1, 2):
         assert same(*(epoch(each, number) for each in made))
+    assert all(samples.decoded.get(i) is not None for i in numbers(epoch(made[1], 2)))
 
 
 def test_decoded_images_need_their_files_once(source):
@@ -364,6 +368,19 @@ def test_decoded_images_need_their_files_once(source):
     del samples, again
     gc.collect()
     assert not os.path.exists(temporary)
+
+
+def test_what_a_killed_process_left_is_deleted(source):
+    finished = subprocess.Popen(["true"])
+    finished.wait()
+    left = Path(tempfile.gettempdir()) / f"iabn_hub-decoded-{finished.pid}-left"
+    own = Path(tempfile.gettempdir()) / f"iabn_hub-decoded-{os.getpid()}-own"
+    left.mkdir()
+    own.mkdir()
+    samples_of(source, VAL, ALONE).keep_decoded(0)
+    assert not left.exists()
+    assert own.exists()
+    own.rmdir()
 
 
 def test_a_file_that_cannot_be_decoded(source):

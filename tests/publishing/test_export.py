@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -109,9 +110,12 @@ def test_a_folder_has_everything_and_the_same_bytes_each_time(export, listed, ne
     assert contents(tmp_path / "again" / NAME) == first
 
 
-def test_a_signed_folder(export, listed, keys, tmp_path, capsys):
-    line = [NAME, "--to-dir", tmp_path / "out", "--sign", keys / "ours.pem", "--release", "3"]
-    folder = tmp_path / "out" / NAME
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_signed_folder(export, listed, keys, tmp_path, monkeypatch, capsys, relative):
+    monkeypatch.chdir(tmp_path)
+    place = Path("out") if relative else tmp_path / "out"
+    line = [NAME, "--to-dir", place, "--sign", keys / "ours.pem", "--release", "3"]
+    folder = place / NAME
     for _ in range(2):
         code, (row,), _ = export(*line)
         assert (code, set(row["files"])) == (0, FILES | {"model.sig", "release.json"})
@@ -124,6 +128,8 @@ def test_a_signed_folder(export, listed, keys, tmp_path, capsys):
         return code, capsys.readouterr().out
 
     assert verify("--minimum", "3") == (0, f"ok       {folder}, release 3\n")
+    (folder / ".gitattributes").touch()  # as the Hub adds
+    assert verify()[0] == 0
     assert verify("--minimum", "4")[0] == 1
     assert "not as 'me/it'" in verify("--as", "me/it")[1]
     assert "is not one of the key" in verify(key="other.pub")[1]
@@ -135,6 +141,8 @@ def test_a_signed_folder(export, listed, keys, tmp_path, capsys):
     code, _, complaint = export(*line[:4], keys / "ours.pub")
     assert code == 1
     assert "is not a private key" in complaint
+    assert not (folder / "release.json").exists()
+    assert export(*line[:1], "--repo", "me/it", *line[3:])[0] == 2  # the signature would be lost
 
 
 def test_the_card_of_a_published_record(tmp_path):

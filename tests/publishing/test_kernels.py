@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def variant(tmp_path, monkeypatch, keys):
     part.mkdir(parents=True)
     shutil.copy(status.library, part / "iabn_cpu.so")
     build_kernels.complete(part, "cpu", [])
-    sign(part, "me/iabn", 3, keys / "ours.pem")
+    sign(part, os.listdir(part), "me/iabn", 3, keys / "ours.pem")
     return part
 
 
@@ -66,7 +67,10 @@ def doctor(variant, keys, tmp_path):
 def test_the_layer_uses_what_a_listed_publisher_signed(doctor, variant, keys):
     facts, _ = doctor({"me/iabn": {"key": str(keys / "ours.pub"), "minimum": 3}})
     found = facts["devices"]["cpu"]
-    assert (found["backend"], found["library"]) == ("native", str(variant / "iabn_cpu.abi3.so"))
+    assert found["backend"] == "native"
+    copied = Path(found["library"])  # which nobody else can change
+    assert copied.read_bytes() == (variant / "iabn_cpu.abi3.so").read_bytes()
+    assert copied.parent.parent == loading.cache_folder()
     assert found["reason"] == f"from the Hub, me/iabn@{variant.parent.parent}"
     assert facts["publishers"] == [f"me/iabn (key {keys / 'ours.pub'}, from release 3)"]
 
@@ -96,14 +100,39 @@ def test_what_is_not_as_signed_is_not_loaded(doctor, variant, keys, name):
     spoil(variant)
     publisher = {"key": "ours.pub", "minimum": 3, **changes}
     facts, stderr = doctor({"me/iabn": {**publisher, "key": str(keys / publisher["key"])}})
-    assert facts["devices"]["cpu"]["library"] != str(variant / "iabn_cpu.abi3.so")
+    assert "published" not in facts["devices"]["cpu"]["library"]
     assert reason in stderr.replace("\n", " ")
 
 
-@pytest.mark.parametrize("listed", [{}, {"me/other": {"key": "ours.pub"}}, {"me/iabn": {}}])
+def test_links_as_in_the_cache_of_the_hub_are_followed(doctor, variant, keys, tmp_path):
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in list(variant.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    facts, _ = doctor({"me/iabn": {"key": str(keys / "ours.pub")}})
+    assert facts["devices"]["cpu"]["reason"].startswith("from the Hub")
+
+
+def test_a_list_that_others_can_write_is_refused(doctor, keys, tmp_path):
+    (tmp_path / "publishers.json").touch()
+    (tmp_path / "publishers.json").chmod(0o666)
+    facts, stderr = doctor({"me/iabn": {"key": str(keys / "ours.pub")}})
+    assert "published" not in facts["devices"]["cpu"]["library"]
+    assert "can be written by other users" in stderr
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {}, {"me/other": {"key": "ours.pub"}}, {"me/iabn": {}}, {"me/iabn": {"key": "ours.pub", "minimun": 3}},
+        {"me/iabn": {"key": "ours.pub", "minimum": True}}, {"me/iabn": {"key": None}}, ["me/iabn"],
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_publisher_who_is_not_listed_is_refused(doctor, variant, listed):
     facts, stderr = doctor(listed)
-    assert facts["devices"]["cpu"]["library"] != str(variant / "iabn_cpu.abi3.so")
+    assert "published" not in facts["devices"]["cpu"]["library"]
     assert "is not among the publishers" in stderr or "should be" in stderr
 
 
@@ -116,9 +145,9 @@ def test_the_name_is_part_of_what_is_signed(variant, keys):
 
 def test_signing_again_changes_nothing(variant, keys):
     before = (variant / "model.sig").read_bytes()
-    sign(variant, "me/iabn", 3, keys / "ours.pem")
+    sign(variant, os.listdir(variant), "me/iabn", 3, keys / "ours.pem")
     assert (variant / "model.sig").read_bytes() == before
-    sign(variant, "me/iabn", 4, keys / "ours.pem")
+    sign(variant, os.listdir(variant), "me/iabn", 4, keys / "ours.pem")
     assert verify(variant, "me/iabn", Publisher(keys / "ours.pub", 4)) == 4
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from ...files import LockTimeoutError, NoHomeError, UntrustedError, expanded, locked, require_trusted, sha256_of
-from ...signing import SignatureError, publishers, publishers_file, verify
+from ...signing import SIGNATURE, SignatureError, publishers, publishers_file, verify
 from .building import PACKAGE, Build, BuildError, covers, cpu_build, cuda_build, cuda_major
 
 _logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _from_hub(repo: str, revision: str, device_type: str) -> Path:
         publisher = publishers().get(repo)
         if publisher is None:
             raise SignatureError(f"{repo} is not among the publishers of {publishers_file()}")
-        folder = _variant(repo, revision, device_type)
+        folder = _own_copy(_variant(repo, revision, device_type))
         verify(folder, repo, publisher)
         library = folder / f"iabn_{device_type}.abi3.so"
         _load(library)
@@ -188,6 +188,23 @@ def _from_hub(repo: str, revision: str, device_type: str) -> Path:
     except Exception as e:  # as many kinds as there are ways to fail on the way
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise BuildError(f"IABN_HUB_KERNELS: {repo}@{revision} cannot be loaded: {first}") from e
+
+
+def _own_copy(folder: Path) -> Path:
+    """The files of a variant in the cache of kernels, where nobody else can change them after they were verified."""
+    signature = folder / SIGNATURE
+    if not signature.is_file():
+        raise SignatureError(f"{folder} is not signed: there is no {SIGNATURE} in it")
+    copy = cache_folder() / f"published-{sha256_of(signature)[:16]}"
+    _require_trusted(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _locked(copy), tempfile.TemporaryDirectory(dir=copy.parent, prefix="published-") as place:
+        fresh = Path(place) / "variant"
+        shutil.copytree(folder, fresh)  # what links lead to, not the links
+        if copy.is_dir():
+            shutil.rmtree(copy)
+        os.replace(fresh, copy)
+    return copy
 
 
 def _variant(repo: str, revision: str, device_type: str) -> Path:
