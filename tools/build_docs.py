@@ -146,12 +146,16 @@ def steps_in_short(steps):
     yield f"|---|{'---|' * len(IN_README)}"
     for name, rows in steps["networks"].items():
         cells = [
-            f"{row['kept_ratio']:.2f} / {row['peak_ratio']:.2f} / {row['step_ratio']:.2f}" if "kept" in row else ""
+            f"{row['kept_ratio']:.2f} / {row['peak_ratio']:.2f} / {_ratio(row)}" if "kept" in row else ""
             for row in (rows.get(way, {}) for way in IN_README)
         ]
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""
     yield f"{conditions(steps)}; medians of interleaved rounds."
+
+
+def _ratio(row):
+    return f"{row['step_ratio']:.2f}" if "step_ratio" in row else "–"
 
 
 def steps_in_full(steps):
@@ -165,8 +169,8 @@ def steps_in_full(steps):
                 *(name if way == "standard" else "", way),
                 f"{row['kept'] / 1e6:.0f} MB ({row['kept_ratio']:.2f})",
                 f"{row['peak'] / 1e6:.0f} MB ({row['peak_ratio']:.2f})",
-                f"{1e3 * row['step_s']:.0f} ms ({row['step_ratio']:.2f})",
-                f"{row['step_least']:.2f}–{row['step_most']:.2f}",
+                f"{1e3 * row['step_s']:.0f} ms ({_ratio(row)})" if "step_s" in row else "not measured",
+                f"{row['step_least']:.2f}–{row['step_most']:.2f}" if "step_s" in row else "",
                 f"{row['compile_s']:.0f} s" if "compile_s" in row else "",
                 f"{row['gradient_cosine']:.6f}",
             )

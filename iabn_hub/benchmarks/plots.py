@@ -60,7 +60,7 @@ def step_figure(result: dict[str, Any], names: list[str]) -> Figure:
 
 
 def _draw_network(axis: Axes, name: str, rows: dict[str, Any]) -> None:
-    points = {way: (row["kept_ratio"], row["step_ratio"]) for way, row in rows.items() if "why" not in row}
+    points = {way: (row["kept_ratio"], row["step_ratio"]) for way, row in rows.items() if "step_ratio" in row}
     best: list[tuple[float, float]] = []
     for kept, step in sorted(points.values()):
         if not best or step < best[-1][1]:

@@ -87,7 +87,7 @@ WRONG = {
     "an added file": (lambda v: (v / "more.py").touch(), {}, "the files are not those that were signed"),
     "a missing file": (lambda v: (v / "_ops.py").unlink(), {}, "the files are not those that were signed"),
     "no signature": (lambda v: (v / "model.sig").unlink(), {}, "is not signed: there is no model.sig"),
-    "a damaged signature": (lambda v: (v / "model.sig").write_text("{"), {}, "the signature is not one of the key"),
+    "a damaged signature": (lambda v: (v / "model.sig").write_text("{"), {}, "the signature cannot be checked"),
     "another key": (lambda v: None, {"key": "other.pub"}, "the signature is not one of the key"),
     "an older release": (lambda v: None, {"minimum": 4}, "is release 3 of me/iabn; the oldest that is taken is 4"),
     "no such key": (lambda v: None, {"key": "none.pub"}, "is missing"),
