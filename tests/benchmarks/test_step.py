@@ -75,7 +75,7 @@ def test_a_budget_is_set_while_a_contender_runs():
 
 @pytest.mark.parametrize(
     ("more", "says"),
-    [(["--way", "sideways"], "choose of 'standard'"), (["--fit", "5"], "--fit"), (["--rounds", "0"], "--rounds")],
+    [(["--way", "sideways"], "choose one of 'standard'"), (["--fit", "5"], "--fit"), (["--rounds", "0"], "--rounds")],
     ids=str,
 )
 def test_wrong_usage(more, says, capsys):
