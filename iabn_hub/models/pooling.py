@@ -26,7 +26,8 @@ class MaxPool2d(nn.MaxPool2d):
 
     @torch.jit.unused
     def _fits(self, x: Any) -> bool:
-        if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        # A tracer would record the sizes that are asked for below.
+        if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return False
         if not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4 or x.numel() == 0:
             return False

@@ -186,7 +186,8 @@ def test_validation_says_what_does_not_fit(scenes, measure, tmp_path):
     assert train(scenes, tmp_path / "run", *SMALL, "--epochs", "1") == 0
     run = tmp_path / "run"
     assert "--ten-crop is for classification" in measure(run, scenes, "--ten-crop")[1]
-    assert "MODEL must be a name from 'iabn-hub list'" in measure(run, scenes, "--check")[1]
+    assert measure(run, scenes, "--check")[1]["check"]["passed"]
+    assert "MODEL must be a name from 'iabn-hub list'" in measure(run / "model.safetensors", scenes, "--check")[1]
     assert "none/val is not a folder" in measure(run, tmp_path / "none")[1]
     other = shapes(tmp_path / "other", train=1, val=1, side=64)
     (other / "classes.json").write_text('["a", "b", "c", "d", "e"]')
