@@ -47,17 +47,19 @@ def spills(log: str) -> tuple[list[str], list[str]]:
     """
     hot, others = [], []
     dtype = architecture = "?"
-    kernel, width = "", 0
+    kernel, width, general = "", 0, False
     for line in log.splitlines():
         if found := re.search(r"-DIABN_DTYPE=(\w+)", line):
             dtype = found[1]
         if found := re.search(
-            r"Compiling entry function '\w*?((?:planes|rows|finish)_[a-z_]+)(?:ILi(\d+)E)?.* for '(\w+)'", line
+            r"Compiling entry function '\w*?((?:planes|rows)_[a-z_]+)(?:ILi(\d+)E(?:L\w*?E?(\d)E)?)?.* for '(\w+)'",
+            line,
         ):
-            kernel, width, architecture = found[1], int(found[2] or 0), found[3]
+            kernel, width, architecture = found[1], int(found[2] or 0), found[4]
+            general = found[3] not in (None, "0")  # for any activation and a residual, not for leaky ReLU alone
         if (found := re.search(r"(\d+) bytes spill stores", line)) and int(found[1]):
             widest = width == {"f32": 4, "f64": -1}.get(dtype, 8)  # float64 is for checks
-            (hot if widest else others).append(f"{kernel} {width} of {dtype} for {architecture}")
+            (hot if widest and not general else others).append(f"{kernel} {width} of {dtype} for {architecture}")
     return hot, others
 
 
