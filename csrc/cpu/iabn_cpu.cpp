@@ -183,8 +183,10 @@ struct Running {
   double momentum;
 
   void track(const std::vector<Moments<double>>& moments) const {
-    if (num_batches) check_counts(*num_batches);
-    if (num_batches) *static_cast<int64_t*>(num_batches->data_ptr()) += 1;
+    if (num_batches) {
+      check_counts(*num_batches);
+      *static_cast<int64_t*>(num_batches->data_ptr()) += 1;
+    }
     if (!mean || !var || moments.empty() || moments[0].count == 0) return;
     std::vector<double> means, unbiased;
     for (const Moments<double>& m : moments) {

@@ -79,22 +79,26 @@ struct Activated {
   IABN_DEVICE Act<activation, A> invertible() const {
     return {param, 1 / param, lowest};
   }
+  // Calls f with the activation if it has no inverse; else returns false.
+  template <typename F>
+  IABN_DEVICE bool without_inverse(F f) const {
+    switch (kind) {
+      case Activation::silu:
+        return f(FromInput<Activation::silu, A>{param}), true;
+      case Activation::hardswish:
+        return f(FromInput<Activation::hardswish, A>{param}), true;
+      case Activation::relu6:
+        return f(FromInput<Activation::relu6, A>{param}), true;
+      default:
+        return false;
+    }
+  }
   // Calls f with something that has forward(z).
   template <bool any, typename F>
   IABN_DEVICE void forward(F f) const {
     if constexpr (any) {
-      switch (kind) {
-        case Activation::elu:
-          return f(invertible<Activation::elu>());
-        case Activation::silu:
-          return f(FromInput<Activation::silu, A>{param});
-        case Activation::hardswish:
-          return f(FromInput<Activation::hardswish, A>{param});
-        case Activation::relu6:
-          return f(FromInput<Activation::relu6, A>{param});
-        default:
-          break;
-      }
+      if (without_inverse(f)) return;
+      if (kind == Activation::elu) return f(invertible<Activation::elu>());
     }
     f(invertible<Activation::leaky_relu>());
   }
@@ -102,18 +106,9 @@ struct Activated {
   template <From from, typename F>
   IABN_DEVICE void backward(F f) const {
     if constexpr (from == From::input) {
-      switch (kind) {
-        case Activation::elu:
-          return f(FromInput<Activation::elu, A>{param});
-        case Activation::silu:
-          return f(FromInput<Activation::silu, A>{param});
-        case Activation::hardswish:
-          return f(FromInput<Activation::hardswish, A>{param});
-        case Activation::relu6:
-          return f(FromInput<Activation::relu6, A>{param});
-        default:
-          return f(FromInput<Activation::leaky_relu, A>{param});
-      }
+      if (without_inverse(f)) return;
+      if (kind == Activation::elu) return f(FromInput<Activation::elu, A>{param});
+      f(FromInput<Activation::leaky_relu, A>{param});
     } else {
       if constexpr (from == From::output) {
         if (kind == Activation::elu) return f(invertible<Activation::elu>());
