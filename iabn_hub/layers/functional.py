@@ -126,6 +126,9 @@ def inplace_abn_sync(
     )  # fmt: skip
 
 
+Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, weight, bias, residual
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -169,9 +172,7 @@ def forward(
             x, scale, bias, running_mean, running_var, training, float(momentum), eps, activation, activation_param,
             residual,
         )  # fmt: skip
-        if num_batches is not None:
-            num_batches.add_(1)
-        return y
+        return _counted(y, num_batches)
     if residual is not None and residual.dtype != x.dtype:
         residual = residual.to(x.dtype)
     keep = None
@@ -182,48 +183,61 @@ def forward(
     inplace = inplace and not compiling and not everything and may_overwrite(x, residual)
     options = (eps, act, activation_param, signed_scale)
 
+    tensors = (x, weight, bias, residual)
     if not training and running_mean is not None and running_var is not None:
         # Copies of (C,), if a backward pass follows: the running statistics may move on before it.
         mean, var = (v.clone() if with_gradient else v for v in (running_mean, running_var))
-        tensors = (x, weight, bias, residual)
         return _normalize(tensors, mean, var, None, options, inplace, distributed.ALONE, keep, with_gradient)
     if peers.count > 1 or keep is not None or compiling:
-        y = _in_steps(
-            (x, weight, bias, residual), running_mean, running_var, momentum, options, inplace, peers, keep,
-            with_gradient,
-        )  # fmt: skip
-        if num_batches is not None:
-            num_batches.add_(1)
-        return y
+        y = _in_steps(tensors, running_mean, running_var, momentum, options, inplace, peers, keep, with_gradient)
+        return _counted(y, num_batches)
+    running = (running_mean, running_var, num_batches, momentum)
+    return _in_one(tensors, running, options, inplace, with_gradient)
+
+
+def _counted(y: Tensor, num_batches: Tensor | None) -> Tensor:
+    if num_batches is not None:
+        num_batches.add_(1)
+    return y
+
+
+def _in_one(
+    tensors: Tensors,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None, float | Tensor],
+    options: Options,
+    inplace: bool,
+    with_gradient: bool,
+) -> Tensor:
+    """A training step of one process: one operator, which also counts where it can, and renews the running statistics.
+
+    Not so where momentum is on the device.
+    """
+    x = tensors[0]
     if x.size(0) == 1 and values_per_channel(x) == 1:
         raise one_value_per_channel(x)
-    # The operator counts where it can, and renews the running statistics unless momentum is on the device.
-    counted = (
-        num_batches
-        if num_batches is not None and num_batches.dtype == torch.int64 and num_batches.get_device() == x.get_device()
-        else None
-    )
+    running_mean, running_var, num_batches, momentum = running
+    counts = num_batches is not None and num_batches.dtype == torch.int64 and num_batches.get_device() == x.get_device()
+    counted = num_batches if counts else None
     found: list[Tensor] | None = None
-    running: Running
+    renewed: Running
     if isinstance(momentum, Tensor):
-        found, running = [], (None, None, counted, 0.0)
+        found, renewed = [], (None, None, counted, 0.0)
     else:
-        running = (running_mean, running_var, counted, momentum)
+        renewed = (running_mean, running_var, counted, momentum)
+    y: Tensor
     if with_gradient:
-        y = BatchNormalize.apply(x, weight, bias, residual, options, inplace, running, found)
+        y = BatchNormalize.apply(*tensors, options, inplace, renewed, found)
     else:
-        y, mean, var = batch_normalize(x, weight, bias, residual, options, inplace, running)
+        y, mean, var = batch_normalize(*tensors, options, inplace, renewed)
         if found is not None:
             found.extend((mean, var))
         if inplace:
             _overwritten(y)
-    torch.autograd.graph.increment_version([v for v in running[:3] if v is not None and not v.is_inference()])
-    if num_batches is not None and counted is None:
-        num_batches.add_(1)
+    torch.autograd.graph.increment_version([v for v in renewed[:3] if v is not None and not v.is_inference()])
     if found is not None and running_mean is not None and running_var is not None:
         with torch.no_grad():
             track_statistics(running_mean, running_var, found[0], found[1], values_per_channel(x), momentum)
-    return y
+    return y if counts else _counted(y, num_batches)
 
 
 # A refused combination is not remembered.
@@ -262,9 +276,6 @@ def _in_steps(
 
 def values_per_channel(x: Tensor) -> int:
     return x.numel() // max(1, x.size(1))
-
-
-Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, weight, bias, residual
 
 
 def _normalize(

@@ -7,6 +7,7 @@ allocates besides its result stays below a few times SLAB_BYTES (or one channel,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,23 +193,13 @@ def input_gradient(
 
 
 def batch_gradient(
-    y: Tensor,
-    dy: Tensor,
-    var: Tensor,
-    want_dz: bool,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    activation: int,
-    activation_param: float,
-    signed_scale: bool,
+    y: Tensor, dy: Tensor, var: Tensor, want_dz: bool, weight: Tensor | None, bias: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    recover = (weight, bias, residual, eps, activation, activation_param, signed_scale)
+    recover: Any = (weight, bias, *rest)
     sum_dz, sum_dz_xhat = gradient_sums(y, dy, *recover)
     count = max(1, y.numel() // max(1, y.size(1)))
     dx, dz = input_gradient(y, dy, var, sum_dz / count, sum_dz_xhat / count, want_dz, *recover)
-    return dx, dz, *affine_gradients(sum_dz, sum_dz_xhat, weight, bias, signed_scale)
+    return dx, dz, *affine_gradients(sum_dz, sum_dz_xhat, weight, bias, signed_scale=bool(rest[-1]))
 
 
 def affine_gradients(
