@@ -22,7 +22,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from ...files import LockTimeoutError, NoHomeError, UntrustedError, expanded, locked, require_trusted, sha256_of
-from ...signing import SIGNATURE, SignatureError, publishers, publishers_file, verify
+from ...signing import SIGNATURE, Publisher, SignatureError, publishers, publishers_file, verify
 from .building import PACKAGE, Build, BuildError, covers, cpu_build, cuda_build, cuda_major
 
 _logger = logging.getLogger(__name__)
@@ -162,9 +162,8 @@ def _library(device_type: str) -> tuple[Path, str]:
 def _published_place(published: str) -> tuple[str, str]:
     """Name and commit, or name and folder. It is code that runs here, so only a full commit is taken, no branch."""
     repo, _, revision = published.partition("@")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo) and os.path.isabs(revision):
-        return repo, revision
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+    is_fixed = os.path.isabs(revision) or re.fullmatch(r"[0-9a-f]{40}", revision)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not is_fixed:
         raise BuildError(
             f"IABN_HUB_KERNELS is {published!r}: write ORG/NAME@COMMIT with all 40 digits of a commit, so that the "
             "code that it names stays what it is, or ORG/NAME@FOLDER with an absolute path"
@@ -178,8 +177,7 @@ def _from_hub(repo: str, revision: str, device_type: str) -> Path:
         publisher = publishers().get(repo)
         if publisher is None:
             raise SignatureError(f"{repo} is not among the publishers of {publishers_file()}")
-        folder = _own_copy(_variant(repo, revision, device_type))
-        verify(folder, repo, publisher)
+        folder = _verified_copy(_variant(repo, revision, device_type), repo, publisher)
         library = folder / f"iabn_{device_type}.abi3.so"
         _load(library)
         return library
@@ -190,8 +188,12 @@ def _from_hub(repo: str, revision: str, device_type: str) -> Path:
         raise BuildError(f"IABN_HUB_KERNELS: {repo}@{revision} cannot be loaded: {first}") from e
 
 
-def _own_copy(folder: Path) -> Path:
-    """The files of a variant in the cache of kernels, where nobody else can change them after they were verified."""
+def _verified_copy(folder: Path, repo: str, publisher: Publisher) -> Path:
+    """The files of a variant, verified in the cache of kernels, where nobody else can change them afterwards.
+
+    Raises:
+        SignatureError: they are not what the publisher signed.
+    """
     signature = folder / SIGNATURE
     if not signature.is_file():
         raise SignatureError(f"{folder} is not signed: there is no {SIGNATURE} in it")
@@ -199,11 +201,12 @@ def _own_copy(folder: Path) -> Path:
     _require_trusted(copy)
     copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(copy), tempfile.TemporaryDirectory(dir=copy.parent, prefix="published-") as place:
-        fresh = Path(place) / "variant"
-        shutil.copytree(folder, fresh)  # what links lead to, not the links
-        if copy.is_dir():
-            shutil.rmtree(copy)
-        os.replace(fresh, copy)
+        if not copy.is_dir():
+            fresh = Path(place) / "variant"
+            shutil.copytree(folder, fresh)  # what links lead to, not the links
+            verify(fresh, repo, publisher)
+            os.replace(fresh, copy)
+    verify(copy, repo, publisher)
     return copy
 
 
