@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from ..conversion import convert
-from ..conversion.measure import gradients_allocated
+from ..conversion.measure import allocations, gradients_allocated, highest
 from ..layers.backends.loading import use_backend
 from ..models import MODELS, create_model
 from ..models.libraries import create_from_library
@@ -186,19 +185,16 @@ def largest_batch(name: str, way: Way, limit: int, options: StepOptions) -> int:
         contender.train(images)
         return int(_memory(contender, images)["peak"]) + constant
 
-    def fits(batch: int) -> bool:
-        return batch < SMALL or bytes_of(batch) <= limit
-
     small, twice = bytes_of(SMALL), bytes_of(2 * SMALL)
     if small > limit:
         return 0
     slope = max(1.0, (twice - small) / SMALL)
     low, high = SMALL, SMALL + int((limit - small) / slope * 1.1) + 1
-    while fits(high):  # it grows less than it did
+    while bytes_of(high) <= limit:  # it grows less than it did
         low, high = high, high + max(1, high // 4)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle)
     return low
 
 
@@ -288,33 +284,12 @@ def _memory(contender: Contender, images: torch.Tensor) -> dict[str, int]:
             loss.backward()
             return {"kept": kept, "peak": torch.cuda.max_memory_allocated() - before}
     with gradients_allocated(contender.network), contender.context():
-        with _allocations() as forward:
+        with allocations() as forward:
             loss = contender.step(images)
-        with _allocations() as backward:
+        with allocations() as backward:
             loss.backward()
     kept = sum(forward)
-    return {"kept": kept, "peak": max(_highest(forward), kept + _highest(backward))}
-
-
-@contextlib.contextmanager
-def _allocations() -> Iterator[list[int]]:
-    """The changes of the bytes that are alive, in order, once the context is left."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes about missing devices
-    changes: list[int] = []
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
-        yield changes
-    events = profile.profiler.kineto_results.events()
-    of_memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    changes.extend(change for _, change in of_memory)
-
-
-def _highest(changes: list[int]) -> int:
-    alive = highest = 0
-    for change in changes:
-        alive += change
-        highest = max(highest, alive)
-    return highest
+    return {"kept": kept, "peak": max(highest(forward), kept + highest(backward))}
 
 
 def _gradients(contender: Contender, images: torch.Tensor) -> torch.Tensor:

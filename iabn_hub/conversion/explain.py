@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .measure import Observer, Sample, caller, copied, unchanged
-from .recompute import Kept, Slot, bytes_of, storage_of
+from .measure import Observer, Sample, caller, copied, storages, unchanged
+from .recompute import bytes_of, storage_of
+from .report import fitting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,28 +41,19 @@ def kept_tensors(model: nn.Module, sample: Sample) -> list[KeptTensor]:
     """
     observer = Observer(model)
     sample = copied(sample)
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: observer.keep(Slot(Kept(t))), lambda slot: slot.content.tensor
-    )
-    with unchanged(model), observer.following(), torch.enable_grad(), hooks:
-        output = caller(model, sample)()
-    given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
-    outside = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *given]}
-    keepers: dict[int, list[str]] = {}
-    for name, t in _saved(output):
-        names = keepers.setdefault(storage_of(t), [])
-        if name not in names:
-            names.append(name)
-    found: dict[int, KeptTensor] = {}
-    for path, reference in observer.saved:
-        slot = reference()
-        for t in slot.tensors() if slot is not None else ():
-            storage = storage_of(t)
-            if storage not in outside and storage not in found:
-                kept_by = tuple(sorted(keepers.get(storage, ["?"])))
-                dtype = str(t.dtype).removeprefix("torch.")
-                found[storage] = KeptTensor(path, tuple(t.shape), dtype, bytes_of(t), kept_by)
-    return list(found.values())
+    keepers: dict[int, set[str]] = {}
+    with unchanged(model):
+        with observer.following(), torch.enable_grad(), observer.plain_hooks():
+            output = caller(model, sample)()
+        for name, t in _saved(output):  # where a checkpoint computes again what it is asked for
+            keepers.setdefault(storage_of(t), set()).add(name)
+        return [
+            KeptTensor(
+                path, tuple(t.shape), str(t.dtype).removeprefix("torch."), bytes_of(t),
+                tuple(sorted(keepers.get(storage_of(t), {"?"}))),
+            )
+            for path, t in observer.tensors(storages(model, sample))
+        ]  # fmt: skip
 
 
 def _saved(output: Any) -> Iterator[tuple[str, Tensor]]:
@@ -93,9 +85,13 @@ def explanation(tensors: list[KeptTensor], smallest: float = 0.0) -> Iterator[st
     for t in tensors:
         if t.bytes < smallest * total:
             continue
-        layer = t.layer or "(the network)"
-        layer = layer if len(layer) <= _LAYER else "…" + layer[1 - _LAYER :]
-        yield _line(layer, "×".join(map(str, t.shape)), t.dtype, f"{t.bytes / 1e6:.2f}", t.kept_by[0])
+        yield _line(
+            fitting(t.layer or "(the network)", _LAYER),
+            "×".join(map(str, t.shape)),
+            t.dtype,
+            f"{t.bytes / 1e6:.2f}",
+            t.kept_by[0],
+        )
         yield from (_line("", "", "", "", other) for other in t.kept_by[1:])
     if rest:
         yield _line(

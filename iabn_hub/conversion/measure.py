@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -77,15 +78,27 @@ class Observer:
         ):
             yield
 
-    def kept(self, outside: set[int]) -> dict[str, int]:
-        """Bytes by path of the storages that are still saved, without those of `outside`."""
-        counted, found = set(outside), dict[str, int]()
+    def plain_hooks(self) -> Any:
+        """Hooks that note what autograd saves, and save it as it is."""
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda t: self.keep(Slot(Kept(t))), lambda slot: slot.content.tensor
+        )
+
+    def tensors(self, outside: set[int]) -> Iterator[tuple[str, Tensor]]:
+        """Path and first tensor of each storage that is still saved, without those of `outside`."""
+        counted = set(outside)
         for path, reference in self.saved:
             slot = reference()
             for t in slot.tensors() if slot is not None else ():
                 if storage_of(t) not in counted:
                     counted.add(storage_of(t))
-                    found[path] = found.get(path, 0) + bytes_of(t)
+                    yield path, t
+
+    def kept(self, outside: set[int]) -> dict[str, int]:
+        """Bytes of these, by path."""
+        found: dict[str, int] = {}
+        for path, t in self.tensors(outside):
+            found[path] = found.get(path, 0) + bytes_of(t)
         return found
 
 
@@ -105,14 +118,10 @@ def measure(model: nn.Module, sample: Sample, hooks: Any = None) -> Measurement:
     sample = copied(sample)
     call = caller(model, sample)
     with unchanged(model), gradients_allocated(model):
-        given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
-        outside = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *given]}
-        plain = torch.autograd.graph.saved_tensors_hooks(
-            lambda t: observer.keep(Slot(Kept(t))), lambda slot: slot.content.tensor
-        )
+        outside = storages(model, sample)
         with observer.following(), torch.enable_grad():
             if hooks is None:
-                with plain:
+                with observer.plain_hooks():
                     output = call()
             else:
                 hooks.observer = observer
@@ -123,6 +132,12 @@ def measure(model: nn.Module, sample: Sample, hooks: Any = None) -> Measurement:
         kept = observer.kept(outside)
         del output
         return Measurement(kept, _peak(model, lambda: _loss(call())), observer.actions, observer.ran)
+
+
+def storages(model: nn.Module, sample: Sample) -> set[int]:
+    """Those that are there before a step: of parameters, buffers and the sample."""
+    given = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
+    return {storage_of(t) for t in [*model.parameters(), *model.buffers(), *given]}
 
 
 def caller(model: nn.Module, sample: Sample) -> Callable[[], Any]:
@@ -204,14 +219,24 @@ def _peak(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         before = torch.cuda.memory_allocated()
         forward().backward()
         return torch.cuda.max_memory_allocated() - before
+    with allocations() as changes:
+        forward().backward()
+    return highest(changes)
+
+
+@contextlib.contextmanager
+def allocations() -> Iterator[list[int]]:
+    """The changes of the bytes that are alive on the CPU, in order, once the context is left."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes about missing devices
+    changes: list[int] = []
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
-        forward().backward()
+        yield changes
     events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    alive = peak = 0
-    for _, change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak
+    of_memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes.extend(change for _, change in of_memory)
+
+
+def highest(changes: list[int]) -> int:
+    """The most bytes that are alive at once, beyond those at the start."""
+    return max(itertools.accumulate(changes, initial=0))

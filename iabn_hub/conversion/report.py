@@ -125,11 +125,14 @@ _COUNTED = ((RECOMPUTE, "recomputed"), (INVERT, "inverted"), (LEAVE, "left"))
 _NAME, _KIND = 33, 15  # columns
 
 
+def fitting(path: str, columns: int) -> str:
+    """The path of a module, or as much of its end as fits."""
+    return path if len(path) <= columns else "…" + path[1 - columns :]
+
+
 def _row(name: str, kind: str, kept: Bytes, action: str) -> str:
-    name = name if len(name) <= _NAME else "…" + name[1 - _NAME :]
-    return (
-        f"{name:<{_NAME}} {kind[:_KIND]:<{_KIND}} {_megabytes(kept.before)} {_megabytes(kept.after)}  {action}".rstrip()
-    )
+    columns = f"{fitting(name, _NAME):<{_NAME}} {kind[:_KIND]:<{_KIND}}"
+    return f"{columns} {_megabytes(kept.before)} {_megabytes(kept.after)}  {action}".rstrip()
 
 
 def _megabytes(count: int) -> str:
