@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..datasets.folders import Location, classes_of, open_split
 from ..datasets.loaders import BatchPlan, TrainLoader
-from ..datasets.samples import Samples, samples_of
+from ..datasets.samples import samples_of
 from ..datasets.transforms import Normalize, train_transform
 from ..recipes import Recipe, find_recipe, read_recipe
 from ..training.network import build_network
@@ -98,7 +98,7 @@ def measure_training(options: TrainingOptions, world: World) -> dict[str, Any]:
 def _trainer(recipe: Recipe, location: Location, options: TrainingOptions, world: World) -> Trainer:
     source = open_split(location, "train", True)
     samples = samples_of(source, train_transform(recipe), world, training=True)
-    if options.cache_images and isinstance(samples, Samples):
+    if options.cache_images:
         samples.keep_decoded(recipe.input.scale_train)
     loader = TrainLoader(samples, BatchPlan(recipe.optimizer.batch_size), options.workers, world)
     loader.steps = min(loader.steps, options.steps)

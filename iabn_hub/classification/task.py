@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..datasets.folders import DataError, Location, check_same_classes, classes_of, open_split
+from ..datasets.folders import Location, check_same_classes, classes_of, open_split
 from ..datasets.loaders import BatchPlan, TrainLoader, val_loader
-from ..datasets.samples import Samples, samples_of
+from ..datasets.samples import samples_of
 from ..datasets.transforms import train_transform, val_transform
 from ..recipes import Recipe
 from ..recipes.metrics import FEWEST_FOR_TOP5
@@ -48,8 +48,6 @@ class ClassificationTask:
         training = self.recipe.training
         samples = samples_of(self.train, train_transform(self.recipe), self.world, training.seed, training=True)
         if cache_images:
-            if not isinstance(samples, Samples):
-                raise DataError("--cache-images needs images in files; this is a stream")
             samples.keep_decoded(self.recipe.input.scale_train)
         plan = BatchPlan(self.recipe.optimizer.batch_size, training.accumulation_steps, training.repeats, training.seed)
         return TrainLoader(samples, plan, workers, self.world)

@@ -34,7 +34,6 @@ class DecodedImages:
 
     def __init__(self, files: list[str], shorter_side: int = 0) -> None:
         self.shorter_side = shorter_side
-        self.offsets = np.zeros(len(files) + 1, dtype=np.int64)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         # Of a million images the sizes alone take minutes to read: first of a few from everywhere.
         some = files[:: max(1, len(files) // 1000)]
@@ -47,7 +46,7 @@ class DecodedImages:
                     f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB free: leave out --cache-images, or set TMPDIR "
                     "to a larger disk"
                 )
-        self.offsets[1:] = np.cumsum(sizes)
+        self.offsets = np.cumsum([0, *sizes])
         for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # of a process that was killed
             if not _is_running(left.name.removeprefix(PREFIX).partition("-")[0]):
                 shutil.rmtree(left, ignore_errors=True)

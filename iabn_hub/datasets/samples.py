@@ -98,7 +98,8 @@ class Samples(Dataset[Sample]):
         source = self.source
         if isinstance(source, ImageFolder):
             return source.samples
-        return getattr(getattr(source, "reader", None), "samples", None) if _is_folder(source) else None
+        reader = getattr(source, "reader", None)
+        return reader.samples if isinstance(reader, ReaderImageFolder) else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -163,10 +164,6 @@ class Samples(Dataset[Sample]):
             return f"image {index}"
 
 
-def _is_folder(source: Any) -> bool:
-    return isinstance(getattr(source, "reader", None), ReaderImageFolder)
-
-
 class Stream(IterableDataset[Sample]):
     """The transformed images of a source that is read from beginning to end, such as shards on a server.
 
@@ -179,6 +176,10 @@ class Stream(IterableDataset[Sample]):
         self.epoch = 0
         if not training:
             source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
+
+    def keep_decoded(self, shorter_side: int) -> None:
+        """As of `Samples`, which a stream cannot do."""
+        raise DataError("--cache-images needs images in files; this is a stream")
 
     def __len__(self) -> int:
         return len(self.source)
