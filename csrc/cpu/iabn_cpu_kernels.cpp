@@ -296,9 +296,21 @@ void row_moments(const Shape& s, const Operand& x, int64_t first, int64_t last, 
     for_tiles(s, first, last, true, [&](int64_t c0, int64_t n, int64_t r0, int64_t r1) {
       auto pass = [&] {
         for (int64_t i = 0; i < n; ++i) sums[i] = squares[i] = 0;
+        // Four rows at once, so that the sums are read and written once for all of them.
+        const Stored<F>* rows[4];
+        int waiting = 0;
+        auto distances_of = [&](int row) { return distances<true, F>(rows[row], shift); };
         for_rows(s, operands, r0, r1, c0, [&](const int64_t* at) {
-          add_along(n, sums, squares, distances<true, F>(load<F>(x, at[0], x.channel, n, buffer), shift));
+          rows[waiting++] = load<F>(x, at[0], x.channel, n, buffer);
+          if (waiting == 4) {
+            add_along(n, sums, squares, distances_of(0), distances_of(1), distances_of(2), distances_of(3));
+            waiting = 0;
+          } else if (rows[0] == buffer) {  // which the next row needs
+            add_along(n, sums, squares, distances_of(0));
+            waiting = 0;
+          }
         });
+        for (int row = 0; row < waiting; ++row) add_along(n, sums, squares, distances_of(row));
       };
       // Distances from the mean so far; before anything is known of it, from that of the first tile.
       for (int64_t i = 0; i < n; ++i) shift[i] = T(means[c0 + i]);

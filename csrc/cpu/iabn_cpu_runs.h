@@ -328,13 +328,15 @@ void add(int64_t n, Totals<T>& totals, Formula value) {
   totals = t;
 }
 
-// Adds value(i) to first[i] and second[i], which have the order of pairs.
-template <typename T, typename Formula>
-void add_along(int64_t n, T* first, T* second, Formula value) {
+// Adds each formula's value(i) to first[i] and second[i], which have the order of pairs.
+template <typename T, typename... Formulas>
+IABN_HOST_DEVICE void add_along(int64_t n, T* first, T* second, Formulas... values) {
   auto add_there = [=](auto at) {
-    auto [a, b] = value(at);
-    write(first + at.position(), lane<true>(first, at) + a);
-    write(second + at.position(), lane<true>(second, at) + b);
+    auto one = lane<true>(first, at), two = lane<true>(second, at);
+    auto add = [&](auto pair) { one += pair.first, two += pair.second; };
+    (add(values(at)), ...);
+    write(first + at.position(), one);
+    write(second + at.position(), two);
   };
   int64_t i = 0;
   for (; i + kPair<T> <= n; i += kPair<T>) add_there(Half<T, 0>{i}), add_there(Half<T, 1>{i});

@@ -28,7 +28,7 @@ NEEDED = {"kV3": ("avx2", "fma", "bmi2"), "kV4": ("avx512f", "avx512bw", "avx512
 CAPABILITY = "IABN_HUB_CPU_CAPABILITY"  # caps the level, as ATEN_CPU_CAPABILITY does for torch's own kernels
 CAPABILITIES = {"default": "kBaseline", "avx2": "kV3", "avx512": "kV4"}
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math"]
+KERNEL_FLAGS = ["-O2", "-ftree-vectorize", "-fno-math-errno", "-fno-trapping-math"]
 DRIVER_FLAGS = ["-O1", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]  # it only prepares what the kernels do
 CUDA_DTYPES = ("f32", "f64", "bf16", "f16")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
