@@ -92,6 +92,11 @@ class Recipe:
             self.copy = t
         return t.detach() if t.requires_grad else t
 
+    def settle(self, t: Tensor) -> None:
+        """Autograd keeps t, the tensor or a view of it: it is taken from there, not computed again."""
+        whole = t if geometry(t) == (self.size, self.stride, 0) else t.detach().as_strided(self.size, self.stride, 0)
+        self.function, self.sources, self.depth = _same, [Kept(whole)], 1
+
     def forget(self) -> None:
         """The tensor was overwritten in a way that its version does not show."""
         self.copy, self.alive = None, lambda: None
@@ -184,6 +189,10 @@ class Recipe:
                 elif not source.free and storage_of(source.tensor) not in kept:
                     found[storage_of(source.tensor)] = source
         return found
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 def _autocast_state(device: str) -> dict[str, Any]:

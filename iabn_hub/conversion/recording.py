@@ -141,7 +141,7 @@ class Recording(TorchFunctionMode):
         recipe = self._recipe_of(t, storage)
         slot = Slot(Kept(t))
         if recipe is None or storage in self.kept or not self._replace(slot, recipe):
-            self.kept.add(storage)
+            self._keep(slot, storage, recipe)
         self.fresh.append((slot, storage))
         return slot if self.observer is None else self.observer.keep(slot)
 
@@ -160,6 +160,14 @@ class Recording(TorchFunctionMode):
         slot.hold(View(recipe, geometry(t)))
         self.kept.update(missing)
         return True
+
+    def _keep(self, slot: Slot, storage: int, recipe: Recipe | None) -> None:
+        """Let a slot hold its tensor, and what is computed from the tensor begin with it."""
+        if recipe is not None and storage not in self.kept and self.method != "invert":
+            assert isinstance(slot.content, Kept)
+            recipe.settle(slot.content.tensor)
+            self._watch(recipe)
+        self.kept.add(storage)
 
     def _secure(self, tensors: Iterable[Tensor]) -> None:
         """Before a function may overwrite these: what is computed from them is computed from copies."""
@@ -214,7 +222,7 @@ class Recording(TorchFunctionMode):
             if saved == storage:
                 self.kept.discard(storage)
                 if not self._replace(slot, recipe):
-                    self.kept.add(storage)
+                    self._keep(slot, storage, recipe)
 
     def _watch(self, recipe: Recipe) -> None:
         """Notice when something is overwritten that it is computed from."""
