@@ -21,9 +21,9 @@ from torch import nn
 from ..conversion import convert
 from ..conversion.measure import allocations, gradients_allocated, highest
 from ..layers.backends.loading import use_backend
+from ..layers.pooling import AvgPool2d, MaxPool2d
 from ..models import MODELS, create_model
 from ..models.libraries import create_from_library
-from ..models.pooling import MaxPool2d
 from .machine import describe_machine
 
 NETWORKS = ("resnet50_iabn", "resnext101_iabn", "wider_resnet38_iabn", "densenet121_iabn")
@@ -226,7 +226,7 @@ def _ways_of(name: str, options: StepOptions) -> list[Way]:
 
 
 def _network(name: str, inplace: bool) -> nn.Module:
-    """Randomly initialised; with standard norms it has ReLU and torch's max pooling."""
+    """Randomly initialised; with standard norms it has ReLU and torch's pooling."""
     if name not in MODELS:
         return create_from_library(name)[0]
     if inplace:
@@ -237,6 +237,8 @@ def _network(name: str, inplace: bool) -> nn.Module:
             if isinstance(child, MaxPool2d):
                 plain = nn.MaxPool2d(child.kernel_size, child.stride, child.padding, ceil_mode=child.ceil_mode)
                 setattr(module, key, plain)
+            elif isinstance(child, AvgPool2d):
+                setattr(module, key, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
     return network
 
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..layers.activations import ELU, LEAKY_RELU
 from ..layers.degenerate import RENEWAL, SMALLEST_SCALE, can_look
+from ..layers.pooling import avg_pool2d, max_pool2d
 from . import norms
 from .norms import Activate, Normalisation
 from .operators import Call, Concatenation, is_known, may_overwrite, overwrites, overwritten, read_call
@@ -120,7 +121,11 @@ class Recording(TorchFunctionMode):
             return self._instance_norm(*args, **kwargs)
         if is_known(function, name):
             return self._recomputed(function, name, args, kwargs)
-        result = function(*args, **kwargs)
+        result = None
+        if function in _POOLING and self.method != "invert" and type(args[0] if args else kwargs["input"]) is Tensor:
+            result = _POOLING[function](*args, **kwargs)
+        if result is None:
+            result = function(*args, **kwargs)
         if self.fresh and isinstance(result, Tensor):
             self._share_version(result)
         return result
@@ -362,6 +367,7 @@ class Recording(TorchFunctionMode):
 
 _BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _INSTANCE_NORM = ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+_POOLING = {F.max_pool2d: max_pool2d, F.avg_pool2d: avg_pool2d}  # that keeps less
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

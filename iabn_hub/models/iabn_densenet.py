@@ -9,6 +9,7 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..layers.pooling import AvgPool2d
 from .builder import build
 from .network import NormFactory, named_sequence, norm_factory, stage_strides
 from .stem import StemmedNetwork
@@ -49,7 +50,7 @@ class Transition(nn.Module):
         super().__init__()
         self.bn = norm(inputs, inplace=False)  # its input may be a feature map that was handed out
         self.conv = nn.Conv2d(inputs, outputs, 1, bias=False, **where)
-        self.pool: nn.Module = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
+        self.pool: nn.Module = AvgPool2d(2) if stride == 2 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.conv(self.bn(x)))

@@ -9,9 +9,9 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
+from ..layers.pooling import MaxPool2d
 from .builder import build
 from .network import Network, NormFactory, named_sequence, norm_factory, stage_strides
-from .pooling import MaxPool2d
 from .preactivation import PreActivationBlock
 from .timm_config import default_cfgs_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import ABN, InPlaceABN, InPlaceABNSync
-from .pooling import MaxPool2d
+from ..layers.pooling import MaxPool2d
 
 NORM_LAYERS = {"iabn": InPlaceABN, "iabn_sync": InPlaceABNSync, "abn": ABN}
 NormFactory = Callable[..., nn.Module]

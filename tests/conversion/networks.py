@@ -127,9 +127,35 @@ def unknown():
     return Unknown()
 
 
+class PreActivation(nn.Module):
+    """Norm and activation before each convolution: a sum is what the next norm, and the next sum, begin with."""
+
+    def __init__(self, width, act):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.act = act
+
+    def forward(self, x):
+        y = x
+        for norm, conv in zip(self.norms, self.convs):
+            y = conv(self.act(norm(y)))
+        return x + y
+
+
+def preactivation():
+    """Both poolings too: of a sum, and of a convolution's output."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), *(PreActivation(8, nn.ReLU()) for _ in range(3)), nn.MaxPool2d(3, 2, 1),
+        *(PreActivation(8, nn.SiLU()) for _ in range(3)), nn.Conv2d(8, 8, 1), nn.AvgPool2d(2), nn.Flatten(),
+        nn.LazyLinear(5),
+    )  # fmt: skip
+
+
 KINDS = {
     "resnet": resnet, "densenet": densenet, "mobilenet": mobilenet, "efficientnet": efficientnet, "convnext": convnext,
     "yolo": yolo, "unet3d": unet3d, "group_norm": group_norm, "sequence": sequence, "unknown": unknown,
+    "preactivation": preactivation,
 }  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from .networks import KINDS, assert_equal, conv_norm, gradients, images, make
 
 # Share of the bytes that remains, at most. GroupNorm, LayerNorm and GELU are recomputed, which saves less.
 RATIOS = {
-    "resnet": 0.65, "densenet": 0.45, "mobilenet": 0.55, "efficientnet": 0.5, "convnext": 0.95, "yolo": 0.45,
-    "unet3d": 0.65, "group_norm": 0.75, "sequence": 0.75, "unknown": 0.65,
+    "resnet": 0.59, "densenet": 0.4, "mobilenet": 0.55, "efficientnet": 0.5, "convnext": 0.95, "yolo": 0.45,
+    "unet3d": 0.65, "group_norm": 0.75, "sequence": 0.75, "unknown": 0.65, "preactivation": 0.52,
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_trains_to_the_same_weights(kind, method):
         assert report.kept.ratio < RATIOS[kind]
 
 
-@pytest.mark.parametrize("kind", ["resnet", "yolo", "unet3d"])
+@pytest.mark.parametrize("kind", ["resnet", "yolo", "unet3d", "preactivation"])
 def test_layouts_and_modes(kind):
     for mode in (nn.Module.train, nn.Module.eval):
         for form in (torch.contiguous_format, torch.channels_last):

@@ -1,4 +1,4 @@
-"""Max pooling that keeps a byte of each output: the same bits as torch's, and fewer of them kept."""
+"""Pooling that does not keep its input: the same bits as torch's, and fewer of them kept."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from iabn_hub.models.pooling import MaxPool2d
+from iabn_hub.layers.pooling import AvgPool2d, MaxPool2d
 
 
 @settings(max_examples=150, deadline=None)
@@ -30,7 +30,8 @@ def test_results_and_gradients_are_those_of_torch(shape, kernel, stride, ceil_mo
     if seed % 5 == 0:
         x[0, 0, 1, 1] = float("nan")
     results = []
-    for pool in (MaxPool2d, nn.MaxPool2d):
+    pools = (MaxPool2d, nn.MaxPool2d) if seed % 2 else (AvgPool2d, nn.AvgPool2d)
+    for pool in pools:
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         y = pool(kernel, stride, padding, ceil_mode=ceil_mode)(leaf)
         torch.manual_seed(seed)
@@ -50,8 +51,17 @@ def test_a_byte_of_each_output_is_kept():
     assert kept[0].numel() == y.numel()
 
 
-def test_derivatives():
-    pool, x = MaxPool2d(3, 2, 1), torch.randn(1, 2, 6, 7, dtype=torch.float64, requires_grad=True)
+def test_the_average_keeps_nothing():
+    kept = []
+    x = torch.randn(2, 3, 20, 20, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        AvgPool2d(2)(x).sum()
+    assert not kept
+
+
+@pytest.mark.parametrize("pool", [MaxPool2d(3, 2, 1), AvgPool2d((3, 2), 2, (1, 0))])
+def test_derivatives(pool):
+    x = torch.randn(1, 2, 6, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(pool, x)
     assert torch.autograd.gradgradcheck(pool, x)
 
@@ -62,9 +72,27 @@ def test_what_does_not_fit_is_left_to_torch(options):
     assert torch.equal(MaxPool2d(**options)(x), nn.MaxPool2d(**options)(x))
 
 
-def test_compilers_tracers_and_transforms():
-    pool, x = MaxPool2d(3, 2, 1), torch.randn(2, 3, 9, 9, requires_grad=True)
-    expected = nn.MaxPool2d(3, 2, 1)(x)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0), "count_include_pad": False},
+        {"kernel_size": 3, "divisor_override": 4},
+        {"kernel_size": (2, 2), "ceil_mode": True},
+    ],
+)
+def test_options_of_the_average(options):
+    x = torch.randn(2, 3, 9, 11, requires_grad=True)
+    ours, theirs = AvgPool2d(**options)(x), nn.AvgPool2d(**options)(x)
+    dy = torch.randn_like(ours)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(y, x, dy)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("kind", ["MaxPool2d", "AvgPool2d"])
+def test_compilers_tracers_and_transforms(kind):
+    pool, x = {"MaxPool2d": MaxPool2d, "AvgPool2d": AvgPool2d}[kind](3, 2, 1), torch.randn(2, 3, 9, 9)
+    x.requires_grad_()
+    expected = getattr(nn, kind)(3, 2, 1)(x)
     assert torch.equal(torch.jit.script(pool)(x), expected)
     assert torch.equal(torch.fx.symbolic_trace(pool)(x), expected)
     assert torch.equal(torch.vmap(pool)(x[None])[0], expected)
