@@ -136,7 +136,7 @@ IN_README = ("in place", "converted", "compiled, budget 0.5", "in place, compile
 def conditions(steps):
     """One sentence with the machine and what was measured."""
     return (
-        f"Batch {steps['batch_size']} at {steps['size']} × {steps['size']}, {steps['dtype']}, {steps['layout']}, "
+        f"Batch {steps['batch_size']} at 224 × 224 if nothing else is stated, {steps['dtype']}, {steps['layout']}, "
         f"{steps['machine']}"
     )
 
@@ -149,9 +149,16 @@ def steps_in_short(steps):
             f"{row['kept_ratio']:.2f} / {row['peak_ratio']:.2f} / {_ratio(row)}" if "kept" in row else ""
             for row in (rows.get(way, {}) for way in IN_README)
         ]
-        yield f"| {name} | {' | '.join(cells)} |"
+        yield f"| {_titled(name, rows, steps)} | {' | '.join(cells)} |"
     yield ""
     yield f"{conditions(steps)}; medians of interleaved rounds."
+
+
+def _titled(name, rows, steps):
+    """The network, with the size of its images where it is another."""
+    batch, _, *sides = rows["standard"]["images"]
+    usual = batch == steps["batch_size"] and sides == [224, 224]
+    return name if usual else f"{name}, {batch} of {' × '.join(map(str, sides))}"
 
 
 def _ratio(row):
@@ -166,7 +173,7 @@ def steps_in_full(steps):
             if "kept" not in row:
                 continue
             cells = (
-                *(name if way == "standard" else "", way),
+                *(_titled(name, rows, steps) if way == "standard" else "", way),
                 f"{row['kept'] / 1e6:.0f} MB ({row['kept_ratio']:.2f})",
                 f"{row['peak'] / 1e6:.0f} MB ({row['peak_ratio']:.2f})",
                 f"{1e3 * row['step_s']:.0f} ms ({_ratio(row)})" if "step_s" in row else "not measured",

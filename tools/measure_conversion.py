@@ -29,6 +29,7 @@ from torch import nn
 import iabn_hub
 from iabn_hub.benchmarks.machine import describe_machine
 from iabn_hub.conversion.measure import caller
+from iabn_hub.models.libraries import create_from_library, images_of
 
 BATCH, SIZE = 4, 224
 ROUNDS = 7
@@ -69,6 +70,9 @@ def images(*shape):
 def create(name):
     """The network of that name, and a sample for it."""
     library, _, model = name.partition(".")
+    if library in ("smp", "nnunet", "monai"):
+        model, shape = create_from_library(name)
+        return model, images(*images_of(shape, BATCH if len(shape) == 3 else 1))
     return globals()[f"from_{library}"](model)
 
 
@@ -95,41 +99,10 @@ def from_timm(name):
     return model, images(BATCH, *model.pretrained_cfg["input_size"])
 
 
-def from_smp(name):
-    import segmentation_models_pytorch as smp
-
-    encoder = "resnet34" if name == "Unet" else "resnet50"
-    return getattr(smp, name)(encoder, encoder_weights=None), images(BATCH, 3, SIZE, SIZE)
-
-
 def from_ultralytics(name):
     from ultralytics.nn.tasks import DetectionModel
 
     return DetectionModel(f"{name}.yaml", verbose=False), images(2, 3, 640, 640)
-
-
-def from_nnunet(name):
-    from dynamic_network_architectures.architectures import unet
-
-    stages = 5
-    options = {
-        "input_channels": 1, "n_stages": stages, "features_per_stage": [32, 64, 128, 256, 320], "conv_op": nn.Conv3d,
-        "kernel_sizes": [[3] * 3] * stages, "strides": [[1] * 3] + [[2] * 3] * (stages - 1), "num_classes": 3,
-        "n_conv_per_stage_decoder": [2 if name == "PlainConvUNet" else 1] * (stages - 1), "conv_bias": True,
-        "norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "nonlin": nn.LeakyReLU,
-        "nonlin_kwargs": {"inplace": True}, "deep_supervision": True,
-    }  # fmt: skip
-    blocks = {"n_conv_per_stage": [2] * stages} if name == "PlainConvUNet" else {"n_blocks_per_stage": [1, 3, 4, 6, 6]}
-    return getattr(unet, name)(**options, **blocks), images(1, 1, 64, 64, 64)
-
-
-def from_monai(name):
-    from monai.networks import nets
-
-    if name == "SegResNet":
-        return nets.SegResNet(3, 16, 1, 3), images(1, 1, 64, 64, 64)
-    kernels = {"kernel_size": [3] * 5, "strides": [1, 2, 2, 2, 2], "upsample_kernel_size": [2] * 4}
-    return nets.DynUNet(3, 1, 3, **kernels, res_block=True), images(1, 1, 64, 64, 64)
 
 
 def from_pix2pix(_):

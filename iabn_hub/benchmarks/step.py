@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..conversion import convert
 from ..conversion.measure import allocations, gradients_allocated, highest
 from ..layers.backends.loading import use_backend
 from ..layers.pooling import AvgPool2d, MaxPool2d
 from ..models import MODELS, create_model
-from ..models.libraries import create_from_library
+from ..models.libraries import create_from_library, images_of
 from .machine import describe_machine
 
-NETWORKS = ("resnet50_iabn", "resnext101_iabn", "wider_resnet38_iabn", "densenet121_iabn")
+NETWORKS = ("resnet50_iabn", "resnext101_iabn", "wider_resnet38_iabn", "densenet121_iabn", "efficientnet_b0")
 BASELINE = "standard"
 SMALL = 2  # of one image some networks cannot take the variance
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,10 +35,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What to measure: images (batch_size, channels, size, size) in channels_last or not, under autocast to `dtype`."""
+    """What to measure: images with sides of `size` (None: the network's own), under autocast to `dtype`."""
 
     batch_size: int = 4
-    size: int = 224
+    size: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
     channels_last: bool = True
@@ -89,6 +90,7 @@ class Contender:
 
     way: Way
     network: nn.Module
+    shape: tuple[int, ...]  # of an image
     step: Callable[[torch.Tensor], torch.Tensor]  # images to loss
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -130,13 +132,13 @@ def measure_network(name: str, options: StepOptions, report: Callable[[str], Non
         torch.manual_seed(0)
         try:
             contender = _contender(name, way, options)
-            images = _images(contender.network, options)
+            images = _images(contender, options)
             started = time.perf_counter()
             contender.train(images)
             contender.train(images)  # what is made once is made now
             if way.budget is not None:
                 contender.facts["compile_s"] = time.perf_counter() - started
-            contender.facts |= _memory(contender, images)
+            contender.facts |= {"images": list(images.shape)} | _memory(contender, images)
             if options.gradients:
                 if way.inplace not in exact:
                     exact[way.inplace] = _exact_gradients(name, way.inplace, options, images)
@@ -180,7 +182,7 @@ def largest_batch(name: str, way: Way, limit: int, options: StepOptions) -> int:
     def bytes_of(batch: int) -> int:
         torch.manual_seed(0)
         contender = _contender(name, way, options)
-        images = _images(contender.network, options, batch)
+        images = _images(contender, options, batch)
         constant = 2 * sum(p.nbytes for p in contender.network.parameters()) + images.nbytes
         contender.train(images)
         return int(_memory(contender, images)["peak"]) + constant
@@ -204,7 +206,7 @@ def add_largest_batches(
     """Add `largest_batch` to each way in eager mode; a compiled network would be compiled again for each batch."""
     result["limit"] = limit
     for name, rows in result["networks"].items():
-        report(f"\n{name}: the largest batch at {options.size}×{options.size} in {limit / 1e9:.2f} GB")
+        report(f"\n{name}: the largest batch in {limit / 1e9:.2f} GB")
         for way in _ways_of(name, options):
             if way.budget is None and "why" not in rows[way.name]:
                 rows[way.name]["largest_batch"] = largest_batch(name, way, limit, options)
@@ -225,12 +227,13 @@ def _ways_of(name: str, options: StepOptions) -> list[Way]:
     ]
 
 
-def _network(name: str, inplace: bool) -> nn.Module:
-    """Randomly initialised; with standard norms it has ReLU and torch's pooling."""
+def _network(name: str, inplace: bool) -> tuple[nn.Module, tuple[int, ...]]:
+    """Randomly initialised, and the shape of its images; with standard norms it has ReLU and torch's pooling."""
     if name not in MODELS:
-        return create_from_library(name)[0]
+        return create_from_library(name)
+    shape = (3, 224, 224)
     if inplace:
-        return create_model(name)
+        return create_model(name), shape
     network = create_model(name, norm_layer="abn", activation="relu")
     for module in list(network.modules()):
         for key, child in module.named_children():
@@ -239,13 +242,16 @@ def _network(name: str, inplace: bool) -> nn.Module:
                 setattr(module, key, plain)
             elif isinstance(child, AvgPool2d):
                 setattr(module, key, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
-    return network
+    return network, shape
 
 
 def _contender(name: str, way: Way, options: StepOptions) -> Contender:
-    form = torch.channels_last if options.channels_last else torch.contiguous_format
-    network = _network(name, way.inplace).to(options.device, memory_format=form).train()  # type: ignore[call-overload]
+    network: Any
+    network, shape = _network(name, way.inplace)
+    network.to(options.device, memory_format=_format(shape, options)).train()
     if way.checkpointing:
+        if not hasattr(network, "set_grad_checkpointing"):
+            raise ValueError("the network has no checkpointing of its own")
         network.set_grad_checkpointing(True)
     if way.converted:
         convert(network)
@@ -257,19 +263,22 @@ def _contender(name: str, way: Way, options: StepOptions) -> Contender:
 
     def step(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(options.device, dtype, enabled=dtype != torch.float32):
-            output: torch.Tensor = runs(images)
-        return output.float().square().mean()
+            outputs = tree_leaves(runs(images))  # several with deep supervision
+        return torch.stack([each.float().square().mean() for each in outputs]).sum()
 
-    return Contender(way, network, step)
+    return Contender(way, network, shape, step)
 
 
-def _images(network: nn.Module, options: StepOptions, batch: int | None = None) -> torch.Tensor:
-    config: Any = getattr(network, "pretrained_cfg", None) or {}
-    channels = config.get("input_size", (3,))[0]
-    form = torch.channels_last if options.channels_last else torch.contiguous_format
+def _images(contender: Contender, options: StepOptions, batch: int | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (batch or options.batch_size, channels, options.size, options.size)
-    return torch.randn(shape, generator=generator).to(options.device).contiguous(memory_format=form)
+    images = torch.randn(images_of(contender.shape, batch or options.batch_size, options.size), generator=generator)
+    return images.to(options.device).contiguous(memory_format=_format(contender.shape, options))
+
+
+def _format(shape: tuple[int, ...], options: StepOptions) -> torch.memory_format:
+    if not options.channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if len(shape) == 3 else torch.channels_last_3d
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
@@ -309,10 +318,10 @@ def _exact_gradients(name: str, inplace: bool, options: StepOptions, images: tor
     contender.network.double()
 
     def step(images: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = contender.network(images.double())
-        return output.square().mean()
+        return torch.stack([t.square().mean() for t in tree_leaves(contender.network(images.double()))]).sum()
 
-    return _gradients(Contender(contender.way, contender.network, step), images)
+    contender.step = step
+    return _gradients(contender, images)
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -66,9 +66,7 @@ def memory(networks: tuple[str, ...], batch_size: int, **given: Any) -> None:
 @command.command("step")
 @click.argument("networks", metavar="[NAME]…", nargs=-1)
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option(
-    "--size", type=click.IntRange(min=1), default=224, show_default=True, help="Height and width of the images."
-)
+@click.option("--size", type=click.IntRange(min=1), help="Sides of the images; default: the network's own.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of autocast.")
 @click.option("--nchw", is_flag=True, help="Images and weights as NCHW, in place of channels_last.")
 @click.option("--way", "ways", metavar="WAY", multiple=True, help=f"Only this, and {BASELINE}; repeat it for several.")
@@ -81,7 +79,7 @@ def memory(networks: tuple[str, ...], batch_size: int, **given: Any) -> None:
 def step(networks: tuple[str, ...], nchw: bool, ways: tuple[str, ...], **given: Any) -> None:
     """Memory and time of a training step: standard, in place, converted, checkpointed, compiled.
 
-    NAME is a network of 'iabn-hub list', or of timm or torchvision as for 'iabn-hub memory'. All ways run in one
+    NAME is a network of 'iabn-hub list', or of another library as for 'iabn-hub memory'. All ways run in one
     process, in turn. "step" is the time of a forward and a backward pass relative to the standard network; "kept" and
     "peak" are bytes of the allocator, relative to it.
 

@@ -8,7 +8,7 @@ import click
 
 from ..conversion.explain import explanation
 from ..conversion.recording import METHODS
-from ..models.libraries import create_from_library, explain_memory, measure_conversion
+from ..models.libraries import create_from_library, explain_memory, images_of, measure_conversion
 from ..world import usable_device
 from .frame import device_option, json_option, print_json
 
@@ -26,7 +26,7 @@ SMALLEST = 0.01  # share of the bytes that a layer must keep to be listed
     show_default=True,
     help="Images in the batch.",
 )
-@click.option("--size", type=click.IntRange(1), help="Height and width of the images; default: the network's own.")
+@click.option("--size", type=click.IntRange(1), help="Sides of the images; default: the network's own.")
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="As in iabn_hub.convert.")
 @click.option("--all", "show_all", is_flag=True, help="Also list the layers that keep less than 1 %.")
 @click.option(
@@ -46,9 +46,10 @@ def command(
 ) -> None:
     """Show what a network keeps for the backward pass, and what it would keep after iabn_hub.convert.
 
-    MODEL is a name of timm, such as efficientnet_b0, or of torchvision: torchvision.resnet50. It is randomly
-    initialised, nothing is downloaded. Measures training steps on random images in float32: bytes kept by each layer,
-    and the peak of a step beyond parameters and gradients, in MB (10^6 bytes).
+    MODEL is a name of timm, such as efficientnet_b0, or of another library: torchvision.resnet50, smp.Unet,
+    nnunet.ResidualEncoderUNet, monai.DynUNet. It is randomly initialised, nothing is downloaded. Measures training
+    steps on random images in float32: bytes kept by each layer, and the peak of a step beyond parameters and gradients,
+    in MB (10^6 bytes).
 
     \b
     Examples:
@@ -58,18 +59,18 @@ def command(
     """
     network, usual = create_from_library(model)
     where = usable_device(device)
-    side = size or usual[-1]
-    facts = {"model": model, "batch_size": batch_size, "size": side, "device": str(where), "dtype": "float32"}
-    heading = f"{model}, batch {batch_size} at {side}×{side}, float32, MB"
+    shape = images_of(usual, batch_size, size)
+    facts = {"model": model, "batch_size": batch_size, "size": shape[-1], "device": str(where), "dtype": "float32"}
+    heading = f"{model}, batch {batch_size} at {'×'.join(map(str, shape[2:]))}, float32, MB"
     if explain:
-        tensors = explain_memory(model, network.to(where), (batch_size, usual[0], side, side))
+        tensors = explain_memory(model, network.to(where), shape)
         if as_json:
             print_json(facts | {"tensors": [dataclasses.asdict(t) for t in tensors]})
         else:
             print(heading)
             print("\n".join(explanation(tensors, 0 if show_all else SMALLEST)))
         return
-    report = measure_conversion(model, network.to(where), (batch_size, usual[0], side, side), method)
+    report = measure_conversion(model, network.to(where), shape, method)
     if as_json:
         print_json(facts | report.to_json())
     else:

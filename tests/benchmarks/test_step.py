@@ -46,6 +46,24 @@ def test_a_network_of_a_library(capsys):
     assert found["networks"]["test_efficientnet"]["converted"]["kept_ratio"] < 0.7
 
 
+def test_volumes_and_several_outputs(monkeypatch):
+    class Volumes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.InstanceNorm3d(8, affine=True)
+
+        def forward(self, x):
+            y = torch.nn.functional.leaky_relu(self.norm(self.conv(x)))
+            return [y, y.square()]
+
+    monkeypatch.setattr(step, "create_from_library", lambda name: (Volumes(), (1, 8, 16, 16)))
+    rows = step.measure_network("volumes", step.StepOptions(batch_size=2, compile=False, rounds=1), lambda text: None)
+    assert rows["standard"]["images"] == [2, 1, 8, 16, 16]
+    assert set(rows["checkpointing"]) == {"why"}
+    assert rows["converted"]["kept_ratio"] < 0.7
+    assert rows["converted"]["gradient_cosine"] == pytest.approx(1, abs=1e-6)
+
+
 def test_bytes_are_those_that_live():
     """Of a network whose bytes are known: two squares keep their inputs; the peak has their gradients as well."""
     options = step.StepOptions(batch_size=1, size=64, compile=False)
@@ -55,7 +73,7 @@ def test_bytes_are_those_that_live():
     def squares(images):
         return network(images).square().square().mean()
 
-    contender = step.Contender(step.WAYS[0], network, squares)
+    contender = step.Contender(step.WAYS[0], network, (3, 64, 64), squares)
     contender.train(x)
     found = step._memory(contender, x)
     output = 4 * 8 * 64 * 64
@@ -67,7 +85,7 @@ def test_bytes_are_those_that_live():
 def test_a_budget_is_set_while_a_contender_runs():
     before = torch._functorch.config.activation_memory_budget
     way = step.Way("compiled", budget=0.25)
-    contender = step.Contender(way, torch.nn.Identity(), lambda images: images.sum())
+    contender = step.Contender(way, torch.nn.Identity(), (1, 2, 2), lambda images: images.sum())
     with contender.context():
         assert torch._functorch.config.activation_memory_budget == 0.25
     assert torch._functorch.config.activation_memory_budget == before

@@ -1,10 +1,22 @@
 """iabn-hub memory: what a network keeps, for any name of timm or torchvision."""
 
 import json
+import sys
 
 import pytest
 
 from iabn_hub.cli import main
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("smp.Unet", "segmentation_models_pytorch"), ("nnunet.PlainConvUNet", "dynamic_network_architectures"),
+     ("monai.SegResNet", "monai")],
+)  # fmt: skip
+def test_a_library_that_is_not_installed(name, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["memory", name]) == 2
+    assert f"pip install {package.replace('_', '-')}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "torchvision.shufflenet_v2_x0_5", "test_resnet_iabn"])
@@ -28,7 +40,7 @@ def test_table_and_json_agree(name, capsys):
     [
         (["resnet5"], 2, "did you mean resnet50"),
         (["torchvision.resnet51"], 2, "did you mean torchvision.resnet50"),
-        (["nothing_like_it_at_all"], 2, "names of torchvision begin with"),
+        (["nothing_like_it_at_all"], 2, "names outside of timm begin with torchvision., smp."),
         (["vgg11", "--size", "5"], 1, r"vgg11: a training step on images of (4, 3, 5, 5) fails: Given input size"),
         (["resnet18", "--batch", "0"], 2, "--batch"),
     ],
