@@ -20,6 +20,7 @@ from ..checkpoints.weights import WEIGHTS
 from ..files import exclusive, md5_of
 from ..publishing.export import Export, check, export_of, write_repository
 from ..publishing.hub import Target, differences, push
+from ..publishing.onnx import Onnx
 from ..signing import RELEASE, SIGNATURE, sign
 from .frame import FAILED, INTERRUPTED, OK, complain, complete_names, json_option, options, print_json
 
@@ -40,6 +41,8 @@ target_options = options(
               help="Take the weights from this file, snapshot or run.")  # fmt: skip
 @click.option("--best", is_flag=True, help="Of a run, take the best epoch instead of the last.")
 @target_options
+@click.option("--onnx", is_flag=True, help="Also write model.onnx, checked in onnxruntime.")
+@click.option("--int8", metavar="IMAGES", help="Also write model.int8.onnx, calibrated with these images.")
 @click.option("--sign", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="KEY",
               help="Sign each with this private key (PEM, ECDSA), into model.sig and release.json.")  # fmt: skip
 @click.option("--release", type=click.IntRange(min=1), default=1, show_default=True,
@@ -62,7 +65,9 @@ def command(names: tuple[str, ...], everything: bool, **given: Any) -> int:
 
     --to-dir writes them to DIR/MODEL.TAG. --repo ORG/NAME uploads one checkpoint there, --repo ORG each to
     ORG/MODEL.TAG. Log in with 'hf auth login' before. --from takes a local file, whose md5 must be the published
-    one, or a training run, which gets the name MODEL.TAG. --sign signs all files under the name of the repository,
+    one, or a training run, which gets the name MODEL.TAG. --onnx adds the network for onnxruntime (pip install
+    'iabn-hub[onnx]'), --int8 a quantised one as well: IMAGES is a file, a folder or a pattern of images like those of
+    the training, of which up to 128 are taken. --sign signs all files under the name of the repository,
     ORG/NAME or MODEL.TAG; 'iabn-hub verify FOLDER --signature KEY' checks that.
 
     \b
@@ -153,7 +158,8 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
     repo = given["repo"]
     if repo is not None and "/" not in repo:
         repo = f"{repo}/{export.name}"
-    files = write_repository(export, folder, repo, given["overwrite"])
+    onnx = Onnx(given["int8"]) if given["onnx"] or given["int8"] else None
+    files = write_repository(export, folder, repo, given["overwrite"], onnx)
     if given["sign"]:
         sign(folder, files, repo or export.name, given["release"], given["sign"])
         files |= {name: folder / name for name in (RELEASE, SIGNATURE)}
@@ -162,6 +168,10 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
     if given["to_dir"]:
         row["folder"] = str(folder)
         report(f"{folder}: {sum(sizes.values()):,} bytes in {len(sizes)} files")
+    if onnx is not None:
+        row["onnx"] = onnx.found
+        for name, found in onnx.found.items():
+            report(f"  {name}: {_checked(found)}")
     if given["check"]:
         check(export, f"local-dir:{folder}")
         row["checked"] = ["folder"]
@@ -179,6 +189,16 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
                 check(export, f"hf-hub:{repo}@{row['commit']}", Path(cache))
             row["checked"].append("hub")
             report("  checked: timm loads the repository at this commit, and its logits equal the source's bit for bit")
+
+
+def _checked(found: dict[str, Any]) -> str:
+    """What onnxruntime computed, as words."""
+    if "difference" in found:
+        return f"in onnxruntime the logits differ by {found['difference']:.0e} of the largest one"
+    return (
+        f"calibrated with {found['images']} images, for which the first class is that of float32 in "
+        f"{found['agreement']:.1%}, and the mean cosine of the logits {found['cosine']:.4f}"
+    )
 
 
 def _upload(export: Export, target: Target, files: dict[str, Path], row: dict[str, Any]) -> str:

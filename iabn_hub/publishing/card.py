@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..checkpoints.catalogue import Result
 from ..models.factory import CONVERTED_MODELS
 from ..terminal import printable
+from .onnx import INT8, ONNX
 
 if TYPE_CHECKING:
     from .export import Export
@@ -27,13 +28,14 @@ PICTURES = {CURVES: "Curves of the training", "confusion.png": "Confusion matrix
 REPO = "ORG/NAME"  # where the repository is not known yet
 
 
-def model_card(export: Export, repo: str | None) -> str:
+def model_card(export: Export, repo: str | None, files: Collection[str] = ()) -> str:
     """The text of README.md: metadata that the Hub reads, then what people do.
 
     Args:
         repo: ORG/NAME of the repository.
+        files: names of those that are written already.
     """
-    return f"---\n{_data(export).to_yaml()}\n---\n\n{_body(export, repo or REPO)}"
+    return f"---\n{_data(export).to_yaml()}\n---\n\n{_body(export, repo or REPO, files)}"
 
 
 def _data(export: Export) -> ModelCardData:
@@ -79,7 +81,7 @@ def _protocol(result: Result) -> str:
     return f"{'ten crops' if result.ten_crop else 'centre crop'} of {result.crop}{resized}"
 
 
-def _body(export: Export, repo: str) -> str:
+def _body(export: Export, repo: str, files: Collection[str]) -> str:
     arch = export.name.partition(".")[0]
     parameters = sum(p.numel() for p in export.network.model.parameters())
     kind = "in-place activated BatchNorm (iABN), which keeps about half the memory for the backward pass"
@@ -97,6 +99,7 @@ def _body(export: Export, repo: str) -> str:
         lines += ["", _classes(export.network.classes)]
     lines += ["", "## Figures", "", *_figures(export)] if export.results else []
     lines += ["", "## Use", "", *_usage(export, arch, repo)]
+    lines += _onnx(export, files)
     lines += ["", "## Training", "", *_training(export)]
     for name, title in PICTURES.items():
         if name in export.pictures:
@@ -147,6 +150,24 @@ def _usage(export: Export, arch: str, repo: str) -> list[str]:
         f"`hf-hub:{repo}@COMMIT`, with all 40 digits of a commit, stays what it is, and needs no network once it is "
         "cached.",
     ]
+
+
+def _onnx(export: Export, files: Collection[str]) -> list[str]:
+    if ONNX not in files:
+        return []
+    config: Any = export.network.model.pretrained_cfg
+    size = " × ".join(map(str, config["input_size"]))
+    text = (
+        f"`{ONNX}` has standard norms and computes the same logits in onnxruntime, up to rounding, from `images` "
+        f"(N × {size}, float32, with mean {_numbers(config['mean'])} and standard deviation {_numbers(config['std'])})."
+    )
+    if INT8 in files:
+        text += f" `{INT8}` computes in int8, with ranges measured on images; its logits differ."
+    return ["", text]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
 
 
 def _training(export: Export) -> list[str]:

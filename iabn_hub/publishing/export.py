@@ -28,6 +28,7 @@ from ..models.pretrained import Pretrained, load_pretrained
 from ..models.timm_config import config_text, timm_config
 from ..recipes import RECIPES
 from .card import model_card
+from .onnx import Onnx
 from .runs import facts_of_run, weights_of_run
 
 CONVERTER = "1"  # of what this module makes of a file; raised when the same file would give other weights
@@ -128,15 +129,19 @@ def _digests(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "md5": md5_of(path), "sha256": sha256_of(path)}
 
 
-def write_repository(export: Export, folder: Path, repo: str | None, overwrite: bool = False) -> dict[str, Path]:
+def write_repository(
+    export: Export, folder: Path, repo: str | None, overwrite: bool = False, onnx: Onnx | None = None
+) -> dict[str, Path]:
     """Write the files of a repository, the provenance last; returns them by name.
 
     Args:
         folder: made if missing; one that holds other files is left alone unless `overwrite`.
         repo: ORG/NAME for the card's examples.
+        onnx: write ONNX files too.
 
     Raises:
         FileExistsError: the folder holds something else.
+        CheckpointError: an ONNX file computes something else.
         OSError: it cannot be written.
     """
     others = folder.is_dir() and any(each.name != FOLDER_LOCK for each in folder.iterdir())
@@ -145,7 +150,9 @@ def write_repository(export: Export, folder: Path, repo: str | None, overwrite: 
     folder.mkdir(parents=True, exist_ok=True)
     written = {WEIGHTS: folder / WEIGHTS}
     save_safetensors(_plain(export.network.model), written[WEIGHTS], _metadata(export))
-    contents = {CONFIG: _config(export), CARD: model_card(export, repo).encode()}
+    if onnx is not None:
+        written |= onnx.write(export.network, folder)
+    contents = {CONFIG: _config(export), CARD: model_card(export, repo, written).encode()}
     if export.recipe is not None:
         contents[RECIPE] = export.recipe.encode()
     contents |= {name: path.read_bytes() for name, path in export.pictures.items()}

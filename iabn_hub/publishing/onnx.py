@@ -1,0 +1,219 @@
+"""ONNX files beside the weights of a checkpoint, each checked in onnxruntime before it is kept.
+
+The network is exported with standard norms and in eval mode, from images (N, C, H, W) in float32, normalised, to its
+logits. N is free, H and W are those of the evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..checkpoints.errors import CheckpointError
+from ..conversion import to_batchnorm
+from ..datasets.sources import open_named
+from ..files import write_atomically
+from ..models.pretrained import Pretrained
+
+ONNX, INT8 = "model.onnx", "model.int8.onnx"
+OPSET = 18
+BATCH = 2
+MOST_IMAGES = 128  # to calibrate with
+TOLERANCE = 1e-4  # of float32: largest difference of the logits, relative to the largest of them
+SIMILARITY = 0.9  # of int8: least mean cosine of the logits to those in float32
+
+
+@dataclass
+class Onnx:
+    """What to write beside the weights.
+
+    Args:
+        images: a file, folder or pattern of images to calibrate int8 with; None: float32 alone.
+        found: what the checks found, by file; filled by `write`.
+    """
+
+    images: str | None = None
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, network: Pretrained, folder: Path) -> dict[str, Path]:
+        """Write the files into the folder; returns them by name. Raises `CheckpointError`."""
+        images = None if self.images is None else calibration_images(network, self.images)
+        self.found[ONNX] = write_onnx(network, folder / ONNX)
+        if images is not None:
+            self.found[INT8] = write_int8(folder / ONNX, folder / INT8, images)
+        return {name: folder / name for name in self.found}
+
+
+def write_onnx(network: Pretrained, path: Path) -> dict[str, Any]:
+    """Export a network, and compare it in onnxruntime with PyTorch on random images.
+
+    The same weights and versions give the same bytes.
+
+    Args:
+        network: of images of 3 or more channels; in eval mode afterwards.
+        path: of the file, which is replaced as a whole.
+
+    Returns:
+        The input's shape, and `difference`: the largest of the logits, relative to the largest logit.
+
+    Raises:
+        CheckpointError: onnx, onnxscript or onnxruntime is not installed, the network cannot be exported, or the logits
+            differ by more than 1e-4; nothing was written.
+    """
+    _require("onnx", "onnxscript", "onnxruntime")
+    shape = tuple(network.model.pretrained_cfg["input_size"])  # type: ignore[index]
+    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    standard = to_batchnorm(network.model.eval()).cpu().float()
+    with torch.inference_mode():
+        expected = standard(images)
+    content = _exported(standard, images[:BATCH], path)
+    found = torch.from_numpy(_session(content).run(None, {"images": images.numpy()})[0])
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if found.shape != expected.shape or not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{path}: not written: in onnxruntime the logits differ by {difference:.1e} of the largest one; at most "
+            f"{TOLERANCE:.0e} is allowed"
+        )
+    write_atomically(path, content)
+    return {"images": ["N", *shape], "difference": difference}
+
+
+def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> dict[str, Any]:
+    """Quantise weights and activations of an ONNX file to int8, and compare both in onnxruntime.
+
+    Weights have a scale for each channel, activations one for each tensor, from their ranges on the images.
+
+    Args:
+        source: as written by `write_onnx`.
+        path: of the file, which is replaced as a whole.
+        images: batches (N, C, H, W) like those of the training, normalised; see `calibration_images`.
+
+    Returns:
+        `images`: how many; `cosine`: mean cosine of the logits to those in float32; `agreement`: share of the images
+        with the same first class.
+
+    Raises:
+        CheckpointError: a package is missing, or the mean cosine is below 0.9; nothing was written.
+    """
+    _require("onnx", "onnxruntime")
+    from onnxruntime.quantization import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    class Images(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.rest, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    with tempfile.TemporaryDirectory(prefix="iabn_hub-onnx-") as folder, _quiet():
+        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)  # folds norms into convolutions
+        quantize_static(
+            prepared, quantised, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+        content = _plain(quantised.read_bytes())
+    before, after = _session(source.read_bytes()), _session(content)
+    exact, found = (
+        torch.cat([torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) for batch in images])
+        for session in (before, after)
+    )
+    cosine = float(torch.nn.functional.cosine_similarity(exact, found).mean())
+    if not cosine >= SIMILARITY:
+        raise CheckpointError(
+            f"{path}: not written: the logits in int8 have a mean cosine of {cosine:.2f} to those in float32, less "
+            f"than {SIMILARITY}: calibrate with more images, and such as the network was trained on"
+        )
+    write_atomically(path, content)
+    agreement = float((exact.argmax(1) == found.argmax(1)).float().mean())
+    return {"images": len(exact), "cosine": round(cosine, 6), "agreement": round(agreement, 6)}
+
+
+def calibration_images(network: Pretrained, names: str) -> list[Tensor]:
+    """Images of a file, folder or pattern as batches that the network takes, at most 128 of them.
+
+    Raises:
+        CheckpointError: the network does not classify, or none of the images can be read.
+    """
+    if network.task != "classification":
+        raise CheckpointError(f"{network.name}: int8 is for networks that classify")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network.model))
+    found = (image for _, image in open_named(names) if isinstance(image, Image.Image))
+    images: list[Tensor] = [transform(image) for image in itertools.islice(found, MOST_IMAGES)]
+    if not images:
+        raise CheckpointError(f"{names}: holds no image that can be read: name images to calibrate int8 with")
+    return list(torch.stack(images).split(BATCH))
+
+
+def _exported(standard: torch.nn.Module, images: Tensor, path: Path) -> bytes:
+    try:
+        with _quiet(), tempfile.TemporaryDirectory(prefix="iabn_hub-onnx-") as folder:
+            program = torch.onnx.export(
+                standard, (images,), input_names=["images"], output_names=["logits"], opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), dynamo=True, verbose=False,
+            )  # fmt: skip
+            assert program is not None
+            program.save(Path(folder) / ONNX)
+            return _plain((Path(folder) / ONNX).read_bytes())
+    except Exception as e:  # whatever the exporter makes of a network it cannot express
+        raise CheckpointError(f"{path}: the network cannot be exported: {(str(e).splitlines() or ['?'])[0]}") from e
+
+
+def _plain(content: bytes) -> bytes:
+    """Without notes of the exporter, which name files of this machine."""
+    import onnx  # noqa: PLC0415
+
+    model = onnx.load_from_string(content)
+    graphs = [model.graph, *model.functions]
+    for each in (model, *graphs, *(node for graph in graphs for node in graph.node), *model.graph.value_info):
+        each.doc_string = ""
+        del each.metadata_props[:]
+    for each in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        each.doc_string = ""
+        del each.metadata_props[:]
+    onnx.checker.check_model(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def _session(content: bytes) -> Any:
+    import onnxruntime  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as e:
+            raise CheckpointError(f"ONNX needs {package}: pip install 'iabn-hub[onnx]'") from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress on stdout."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
