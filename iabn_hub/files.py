@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 
@@ -83,6 +84,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+class Digests(NamedTuple):
+    """Of a file's bytes, in lowercase hexadecimal; `sha256` is '' where it is not known."""
+
+    md5: str
+    sha256: str = ""
 
 
 def md5_of(path: Path) -> str:

@@ -56,6 +56,7 @@ def sign(folder: Path, files: Iterable[str], name: str, release: int, private_ke
         stage = Path(place) / "folder"
         stage.mkdir()
         for file in set(files) - {SIGNATURE, RELEASE}:
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
             _link(folder / file, stage / file)
         (stage / RELEASE).write_text(json.dumps({"name": name, "release": release}, indent=1) + "\n")
         public = Path(place) / "key.pub"
@@ -102,6 +103,25 @@ def verify(folder: Path, name: str, publisher: Publisher) -> int:
             f"{folder} is release {release} of {found}; the oldest that is taken is {publisher.minimum}"
         )
     return release
+
+
+def verify_listed(folder: Path) -> str:
+    """The name of a folder that one of the listed publishers has signed, unchanged and complete; see `publishers`.
+
+    Raises:
+        SignatureError: none of them has; says what is wrong.
+    """
+    if not (folder / SIGNATURE).is_file():
+        raise SignatureError(f"{folder} is not signed: there is no {SIGNATURE} in it")
+    signed = load_json(folder / RELEASE, SignatureError)
+    name = str(signed.get("name")) if isinstance(signed, dict) else ""
+    publisher = publishers().get(name)
+    if publisher is None:
+        raise SignatureError(
+            f"{folder} is signed as {name!r}, which is not among the publishers of {publishers_file()}"
+        )
+    verify(folder, name, publisher)
+    return name
 
 
 def public_key_of(private_key: Path) -> bytes:

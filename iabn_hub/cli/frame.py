@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +23,14 @@ from ..layers.backends.building import BuildError
 from ..recipes import RecipeError
 from ..schema import shortened
 from ..starting import raise_at_interrupt
-from ..terminal import raw, safe_streams
+from ..terminal import raw, safe_streams, without_secrets
 from ..world import DeviceError
 
 PROGRAM = "iabn-hub"
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = (
     "list", "info", "fetch", "verify", "doctor", "classify", "segment", "train", "validate", "export", "convert",
-    "mirror", "memory", "benchmark", "demo",
+    "mirror", "sign", "memory", "benchmark", "demo",
 )  # fmt: skip
 # Options of the first release, which are accepted with a warning for one more.
 RENAMED_OPTIONS = {
@@ -100,8 +101,17 @@ def app() -> None:
     """
 
 
+_arguments: list[str] = []
+
+
+def command_line() -> str:
+    """The command that runs, as it can be typed again, without passwords."""
+    return without_secrets(shlex.join([PROGRAM, *_arguments]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    _arguments[:] = sys.argv[1:] if arguments is None else arguments
     raise_at_interrupt()
     with safe_streams():
         return _run(arguments)

@@ -18,7 +18,17 @@ from ..models.factory import CONVERTED_MODELS
 from ..recipes import Recipe, RecipeError, find_recipe, read_recipe, recipe_names
 from ..training.run import Options, train
 from ..world import init_world
-from .frame import INTERRUPTED, OK, complain, device_option, json_option, options, print_json, workers_option
+from .frame import (
+    INTERRUPTED,
+    OK,
+    command_line,
+    complain,
+    device_option,
+    json_option,
+    options,
+    print_json,
+    workers_option,
+)
 
 # Options that stand for keys of the recipe.
 SHORTHANDS = {
@@ -183,7 +193,7 @@ def _options(data: str, given: dict[str, Any], out: Path) -> Options:
     )
     return Options(
         out=out, location=Location(data, **{name: given[name] for name in location}),
-        **{name: given[name] for name in run},
+        command=command_line(), **{name: given[name] for name in run},
     )  # fmt: skip
 
 

@@ -15,11 +15,13 @@ from ..evaluation import Runtime
 from ..models.pretrained import Pretrained
 from ..segmentation.validation import SegmentationProtocol
 from ..training.validation import ValidateOptions, ValidationProtocol, validate
+from ..versions import versions
 from ..world import init_world
 from .frame import (
     FAILED,
     OK,
     amp_option,
+    command_line,
     complete_names,
     device_option,
     json_option,
@@ -111,6 +113,7 @@ def command(model: str, data: str, **given: Any) -> int:
     )  # fmt: skip
     with init_world(given["device"]) as world:
         facts, lines = validate(chosen, lambda network: _protocol(network, given), world)
+        facts |= {"command": command_line(), "versions": versions()}
         if world.is_primary:
             print_json(facts) if given["as_json"] else print("\n".join(lines))
     return OK if facts.get("check", {}).get("passed", True) else FAILED

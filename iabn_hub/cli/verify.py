@@ -9,8 +9,7 @@ import click
 
 from ..checkpoints.catalogue import records
 from ..checkpoints.fetch import cached_files, local_file
-from ..checkpoints.verify import recheck
-from ..files import md5_of
+from ..checkpoints.verify import difference, recheck
 from ..models.pretrained import find_checkpoint
 from ..publishing.mirror import verify_mirror
 from ..signing import Publisher, SignatureError
@@ -64,8 +63,7 @@ def command(
         print_json(rows)
     else:
         for row in rows:
-            wrong = row["status"] == "wrong"
-            detail = f": md5 {row['md5']}, expected {row['expected_md5']}; delete it" if wrong else ""
+            detail = f": {row['reason']}; delete it" if row["status"] == "wrong" else ""
             hint = f"; {way_out.format(row['name'])}" if row["status"] != "ok" else ""
             print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
     return OK if all(row["status"] == "ok" for row in rows) else FAILED
@@ -97,12 +95,12 @@ def _verify_cached(names: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for record in wanted:
         local = local_file(record)
-        files = [(local, record.md5)] if local else cached_files(record)
-        present = [(path, md5) for path, md5 in files if path.is_file()]
+        files = [(local, record.digests)] if local else cached_files(record)
+        present = [(path, digests) for path, digests in files if path.is_file()]
         if not present and names:
             rows.append({"name": record.name, "status": "missing", "path": str(files[0][0])})
-        for path, md5 in present:
-            found = md5_of(path) if local else recheck(path)
-            status = "ok" if found == md5 else "wrong"
-            rows.append({"name": record.name, "status": status, "path": str(path), "expected_md5": md5, "md5": found})
+        for path, digests in present:
+            wrong = difference(path, digests) if local else recheck(path, digests)
+            row = {"name": record.name, "status": "wrong" if wrong else "ok", "path": str(path), **digests._asdict()}
+            rows.append(row | {"reason": wrong} if wrong else row)
     return rows

@@ -101,6 +101,11 @@ class Samples(Dataset[Sample]):
         reader = getattr(source, "reader", None)
         return reader.samples if isinstance(reader, ReaderImageFolder) else None
 
+    def files(self) -> list[Any] | None:
+        """All files that are read, or None where the images are not files of their own."""
+        pairs = self._files()
+        return None if pairs is None else [path for path, _ in pairs]
+
     def __len__(self) -> int:
         return len(self.source)
 

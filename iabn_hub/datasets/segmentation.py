@@ -209,6 +209,9 @@ class SegmentationSamples(Samples):
         transformed: tuple[Tensor, Tensor] = self.transform(image, label, target_class)
         return transformed
 
+    def files(self) -> list[Any]:
+        return [*self.source.images, *self.source.labels]
+
     def name(self, index: int) -> str:
         return str(self.source.images[index])
 

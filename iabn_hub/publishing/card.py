@@ -9,9 +9,11 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoints.catalogue import Result
+from ..checkpoints.errors import CheckpointError
 from ..models.factory import CONVERTED_MODELS
 from ..terminal import printable
 from .onnx import INT8, ONNX
@@ -68,6 +70,31 @@ def _data(export: Export) -> ModelCardData:
         eval_results=results or None,
         **terms,
     )
+
+
+def eval_results(export: Export, benchmark: str) -> bytes:
+    """The YAML of .eval_results, by which the Hub shows the main figure of each protocol under a benchmark.
+
+    Args:
+        benchmark: ORG/DATASET:TASK, as the Hub's dataset names it.
+
+    Raises:
+        CheckpointError: there are no figures, or the installed huggingface_hub does not know the format.
+    """
+    try:
+        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml  # noqa: PLC0415 - of later versions
+    except ImportError as e:
+        raise CheckpointError("--benchmark needs a later version: pip install -U huggingface_hub") from e
+    dataset, _, task = benchmark.partition(":")
+    entries = []
+    for result in export.results:
+        name = next(name for name in ("top1", "miou", "top5") if getattr(result, name) is not None)
+        notes = f"{FIGURES[name][1]} in %, {_protocol(result)}, {result.dataset}"
+        entries.append(EvalResultEntry(dataset, task, round(getattr(result, name), 4), notes=printable(notes)))
+    if not entries:
+        raise CheckpointError(f"{export.name}: has no figures for --benchmark")
+    text: str = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    return text.encode()
 
 
 def _slug(text: str) -> str:

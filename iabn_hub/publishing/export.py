@@ -21,13 +21,13 @@ from .. import __version__
 from ..checkpoints.catalogue import TAG, Result, find, records
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.fetch import fetch_checkpoint
-from ..checkpoints.verify import require_md5
+from ..checkpoints.verify import require_digests
 from ..checkpoints.weights import WEIGHTS, save_safetensors
 from ..files import FOLDER_LOCK, md5_of, sha256_of, write_atomically
 from ..models.pretrained import Pretrained, load_pretrained
 from ..models.timm_config import config_text, timm_config
 from ..recipes import RECIPES
-from .card import model_card
+from .card import eval_results, model_card
 from .onnx import Onnx
 from .runs import facts_of_run, weights_of_run
 
@@ -91,7 +91,10 @@ def export_of(name: str, given: Path | None = None, best: bool = False) -> Expor
     if best:
         raise CheckpointError(f"{given}: only the folder of a run has a best epoch")
     record = find(name)
-    path = fetch_checkpoint(record) if given is None else require_md5(given, record.md5, record.name, NOT_PUBLISHED)
+    if given is None:
+        path = fetch_checkpoint(record)
+    else:
+        path = require_digests(given, record.digests, record.name, NOT_PUBLISHED)
     network = load_pretrained(record.name, checkpoint=None if given is None else str(given))
     recipe = RECIPES / f"{record.name}.json"
     origin = _digests(path) | {"kind": KINDS[record.layout], "file": record.filename}
@@ -130,7 +133,12 @@ def _digests(path: Path) -> dict[str, Any]:
 
 
 def write_repository(
-    export: Export, folder: Path, repo: str | None, overwrite: bool = False, onnx: Onnx | None = None
+    export: Export,
+    folder: Path,
+    repo: str | None,
+    overwrite: bool = False,
+    onnx: Onnx | None = None,
+    benchmark: str | None = None,
 ) -> dict[str, Path]:
     """Write the files of a repository, the provenance last; returns them by name.
 
@@ -138,10 +146,11 @@ def write_repository(
         folder: made if missing; one that holds other files is left alone unless `overwrite`.
         repo: ORG/NAME for the card's examples.
         onnx: write ONNX files too.
+        benchmark: ORG/DATASET:TASK, of which the figures are results; written to .eval_results.
 
     Raises:
         FileExistsError: the folder holds something else.
-        CheckpointError: an ONNX file computes something else.
+        CheckpointError: an ONNX file computes something else, or there are no figures.
         OSError: it cannot be written.
     """
     others = folder.is_dir() and any(each.name != FOLDER_LOCK for each in folder.iterdir())
@@ -156,8 +165,12 @@ def write_repository(
     if export.recipe is not None:
         contents[RECIPE] = export.recipe.encode()
     contents |= {name: path.read_bytes() for name, path in export.pictures.items()}
+    if benchmark is not None:
+        dataset = benchmark.partition(":")[0].partition("/")[2]
+        contents[f".eval_results/{dataset}.yaml"] = eval_results(export, benchmark)
     for name, content in contents.items():
         written[name] = folder / name
+        written[name].parent.mkdir(exist_ok=True)
         write_atomically(written[name], content)
     written[PROVENANCE] = folder / PROVENANCE
     write_atomically(written[PROVENANCE], _provenance(export, written))

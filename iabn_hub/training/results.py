@@ -25,13 +25,22 @@ from .trainer import Trainer
 RESULTS = (WEIGHTS, BEST_WEIGHTS, "config.json", "metrics.json", "report.html", "curves.png", "confusion.png")
 
 
-def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, skipped: int, best_only: bool) -> None:
+def write_results(
+    trainer: Trainer,
+    out: Path,
+    log: RunLogger,
+    seconds: float,
+    skipped: int,
+    best_only: bool,
+    origin: Mapping[str, Any],
+) -> None:
     """Write the results of a run into `out`.
 
     Args:
         seconds: of all starts of the run.
         skipped: images that could not be read.
         best_only: the weights of the best epoch are model.safetensors, and those of the last are not written.
+        origin: `data`, `command` and `versions` of `RunMetrics`.
     """
     run = trainer.run
     monitor = f"val_{run.task.monitors[0]}"
@@ -57,7 +66,7 @@ def write_results(trainer: Trainer, out: Path, log: RunLogger, seconds: float, s
     epochs = tuple({name: _finite(value) for name, value in row.items()} for row in trainer.rows)
     metrics = RunMetrics(
         run.recipe.model, result, best, run.task.classes, epochs, round(seconds, 1), run.loader.images, skipped,
-        trainer.initial_weights, run.recipe.to_dict(),
+        trainer.initial_weights, run.recipe.to_dict(), **origin,
     )  # fmt: skip
     facts = {
         **{TITLES[name]: f"{result[name]:.2f} %" for name in run.task.monitors},

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.weights import BEST_WEIGHTS, WEIGHTS, read_snapshot
+from ..datasets.digest import digest_of
 from ..datasets.folders import DataError, Location
 from ..datasets.transforms import Normalize
 from ..evaluation import Metrics, Runtime, evaluate
@@ -22,6 +23,7 @@ from ..models.timm_config import EvalConfig, timm_config
 from ..models.transfer import transfer
 from ..recipes import Recipe, RecipeError, recipe_from
 from ..schema import changed_fields
+from ..versions import versions
 from ..world import World
 from .logging import RunLogger
 from .network import build_network
@@ -54,6 +56,7 @@ class Options:
         snapshot_minutes: between snapshots within an epoch.
         max_broken: how many unreadable images are tolerated; None is 1 % of the training images, at least 10.
         best: model.safetensors is the best epoch instead of the last.
+        command: that started the run, for metrics.json.
     """
 
     out: Path
@@ -67,6 +70,7 @@ class Options:
     snapshot_minutes: float = 30
     max_broken: int | None = None
     best: bool = False
+    command: str = ""
 
 
 def train(recipe: Recipe, options: Options, world: World, stop_requested: Callable[[], bool]) -> bool:
@@ -128,7 +132,10 @@ def _train(recipe: Recipe, options: Options, world: World, stop_requested: Calla
             log.info(f"stopped at step {trainer.step:,} with a snapshot; continue with --resume auto")
             return False
         if world.is_primary:
-            write_results(trainer, options.out, log, trainer.seconds(), len(skipped.seen), options.best)
+            seconds = trainer.seconds()
+            data = digest_of(task.val_loader(options.workers).dataset, options.location.root)
+            origin = {"data": data, "command": options.command, "versions": versions()}
+            write_results(trainer, options.out, log, seconds, len(skipped.seen), options.best, origin)
         return True
     finally:
         log.close()

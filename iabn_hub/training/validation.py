@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoints.catalogue import Checkpoint
+from ..datasets.digest import digest_of
 from ..datasets.folders import DataError, Location
 from ..datasets.transforms import Normalize
 from ..evaluation import Runtime, evaluate
@@ -115,6 +116,7 @@ def validate(
         "changes": network.changes,
         "protocol": protocol.settings(),
         "images": metrics.images,
+        "data": digest_of(loader.dataset, options.location.root) if world.is_primary else None,
         **protocol.results(metrics, classes),
         "images_per_second": metrics.images / metrics.seconds,
         "device": str(world.device),
@@ -127,7 +129,7 @@ def validate(
         write_atomically(options.report, protocol.report(facts, metrics, classes, loader.dataset).encode())
     note = getattr(loader.dataset, "note", "")
     notes = [*network.changes, *([note] if note else []), *(f"skipped: {reason}" for reason in metrics.skipped)]
-    return facts, [*notes, *protocol.lines(facts), *(_check_lines(facts["check"], metrics.images) if check else [])]
+    return facts, [*notes, *protocol.lines(facts), *(_check_lines(facts["check"], facts) if check else [])]
 
 
 def _stated(network: Pretrained, protocol: ValidationProtocol, run: Path) -> dict[str, Any]:
@@ -139,26 +141,40 @@ def _stated(network: Pretrained, protocol: ValidationProtocol, run: Path) -> dic
             "--check compares with published figures or those of a run, so MODEL must be a name from 'iabn-hub list', "
             f"or the folder of a run with {METRICS}"
         )
-    result = read_metrics(run / METRICS).result
-    figures = {name: result[name] for name in CHECKED if isinstance(result.get(name), float)}
-    return {"protocol": "of the run", "dataset": "the images of its validation", "published": figures, "images": None}
+    metrics = read_metrics(run / METRICS)
+    figures = {name: metrics.result[name] for name in CHECKED if isinstance(metrics.result.get(name), float)}
+    dataset = "the images of its validation"
+    data = dict(metrics.data) if metrics.data else None
+    return {"protocol": "of the run", "dataset": dataset, "published": figures, "images": None, "data": data}
 
 
 def _compared(check: dict[str, Any], facts: dict[str, Any], tolerance: float) -> dict[str, Any]:
     differences = {name: facts[name] - value for name, value in check["published"].items()}
-    same_images = check["images"] in (None, facts["images"])
+    same_images = check["images"] in (None, facts["images"]) and not _other_data(check, facts)
     passed = same_images and all(abs(difference) <= tolerance + 1e-9 for difference in differences.values())
     return {**check, "difference": differences, "tolerance": tolerance, "passed": passed}
 
 
-def _check_lines(check: dict[str, Any], images: int) -> list[str]:
+def _other_data(check: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether both state what was measured, and it is not the same."""
+    stated, found = check.get("data"), facts["data"]
+    return bool(stated and found and stated.get("sha256") != found["sha256"])
+
+
+def _check_lines(check: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     figures = ", ".join(
         f"{name} {check['published'][name]:.2f} ({difference:+.2f})" for name, difference in check["difference"].items()
     )
     verdict = "passed" if check["passed"] else "FAILED"
     lines = [f"check {verdict}: published {figures} on {check['dataset']}; tolerance {check['tolerance']:g}"]
-    if check["images"] not in (None, images):
-        lines.append(f"the published figure is of {check['images']:,} images, these are {images:,}")
+    if check["images"] not in (None, facts["images"]):
+        lines.append(f"the published figure is of {check['images']:,} images, these are {facts['images']:,}")
+    if _other_data(check, facts):
+        stated, found = check["data"], facts["data"]
+        lines.append(
+            f"the figure is of {stated.get('files')} files with the digest {str(stated.get('sha256'))[:16]}, these are "
+            f"{found['files']} with {found['sha256'][:16]}: other images or labels"
+        )
     return lines
 
 

@@ -84,6 +84,8 @@ def test_name_taken_twice_is_refused(tmp_path, monkeypatch):
     [
         ({"md5": "xyz"}, "md5 is 'xyz', not 32 lowercase hexadecimal digits"),
         ({"md5": None}, "md5 is None: must be a valid string"),
+        ({"sha256": "0" * 63}, "sha256 is '000000"),
+        ({"hub": {"repo": "a/b", "md5": "0" * 32, "sha256": "G" * 64}}, "hub.sha256 is 'GGGG"),
         ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'"),
         ({"task": "detection"}, "task is 'detection': must be 'classification' or 'segmentation'"),
         ({"layout": "onnx"}, "layout is 'onnx': must be 'legacy', 'iabn_hub' or 'efficientnet_pytorch'"),

@@ -332,7 +332,7 @@ def test_hub_repository_is_a_source(httpserver, tmp_path):
     refused = fetch("1" * 32)
     assert refused.returncode == 1
     assert re.search(
-        rf"md5 is {hashlib.md5(CONTENT).hexdigest()}, expected 1{{32}} \(source: Hub org/name", refused.stderr
+        rf"has md5 {hashlib.md5(CONTENT).hexdigest()}, expected 1{{32}} \(source: Hub org/name", refused.stderr
     )
     assert files_in_cache() == []
     fetched = fetch(hashlib.md5(CONTENT).hexdigest())

@@ -2,24 +2,27 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from timm.models import PretrainedCfg, _registry
 
 import iabn_hub
 from iabn_hub.checkpoints import catalogue, retries
+from iabn_hub.checkpoints.catalogue import Result
 from iabn_hub.cli import export as command
 from iabn_hub.cli import main
 from iabn_hub.models.pretrained import load_pretrained
 from iabn_hub.models.timm_config import _cfg
 from iabn_hub.publishing.card import model_card
-from iabn_hub.publishing.export import Export
+from iabn_hub.publishing.export import Export, export_of
 
 from ..legacy_files import CLASSES, a_record, a_small_network, save_legacy, write_catalogue
 from ..paths import ROOT
@@ -143,6 +146,31 @@ def test_a_signed_folder(export, listed, keys, tmp_path, monkeypatch, capsys, re
     assert "is not a private key" in complaint
     assert not (folder / "release.json").exists()
     assert export(*line[:1], "--repo", "me/it", *line[3:])[0] == 2  # the signature would be lost
+
+
+def test_figures_as_results_of_a_benchmark(export, listed, tmp_path, monkeypatch, keys):
+    pytest.importorskip("huggingface_hub", minversion="1.4")
+    results = (Result("224", "validation", top1=71.25, crop=224), Result("long", "validation", miou=50.5, note="whole"))
+    monkeypatch.setattr(command, "export_of", lambda *a: replace(export_of(*a), results=results))
+    line = [NAME, "--to-dir", tmp_path, "--benchmark", "ORG/birds-1k:classify"]
+    code, (row,), _ = export(*line, "--sign", keys / "ours.pem")
+    assert code == 0
+    assert ".eval_results/birds-1k.yaml" in row["files"]
+    entries = huggingface_hub.parse_eval_result_entries(
+        yaml.safe_load((tmp_path / NAME / ".eval_results" / "birds-1k.yaml").read_text())
+    )
+    assert [(e.dataset_id, e.task_id, e.value) for e in entries] == [
+        ("ORG/birds-1k", "classify", 71.25), ("ORG/birds-1k", "classify", 50.5),
+    ]  # fmt: skip
+    assert "top-1 in %" in entries[0].notes
+    assert main(["verify", str(tmp_path / NAME), "--signature", str(keys / "ours.pub")]) == 0
+    assert export(*line[:-1], "no-task")[0] == 2
+
+
+def test_without_figures_there_is_no_benchmark(export, listed, tmp_path):
+    code, _, complaint = export(NAME, "--to-dir", tmp_path, "--benchmark", "ORG/birds:classify")
+    assert code == 1
+    assert "has no figures" in complaint
 
 
 def test_the_card_of_a_published_record(tmp_path):
