@@ -67,7 +67,10 @@ def sign(folder: Path, files: Iterable[str], name: str, release: int, private_ke
             verify(stage, name, Publisher(public, release))
         except SignatureError:
             config = signing.signing.Config().use_elliptic_key_signer(private_key=private_key)
-            config.set_hashing_config(_hashing()).sign(stage, stage / SIGNATURE)
+            try:
+                config.set_hashing_config(_hashing()).sign(stage, stage / SIGNATURE)
+            except Exception as e:  # as many kinds as there are ways to fail
+                raise SignatureError(f"{folder} cannot be signed: {str(e).strip() or type(e).__name__}") from e
         for file in (RELEASE, SIGNATURE):
             write_atomically(folder / file, (stage / file).read_bytes())
 
@@ -105,23 +108,37 @@ def verify(folder: Path, name: str, publisher: Publisher) -> int:
     return release
 
 
-def verify_listed(folder: Path) -> str:
-    """The name of a folder that one of the listed publishers has signed, unchanged and complete; see `publishers`.
+def signed_json(folder: Path, file: str) -> Any:
+    """The JSON file of a folder that a listed publisher has signed alone; see `publishers`.
+
+    A private copy is verified and read. Other files in the folder do not matter.
 
     Raises:
-        SignatureError: none of them has; says what is wrong.
+        SignatureError: no listed publisher has signed it, or it is not JSON; says what is wrong.
     """
-    if not (folder / SIGNATURE).is_file():
-        raise SignatureError(f"{folder} is not signed: there is no {SIGNATURE} in it")
-    signed = load_json(folder / RELEASE, SignatureError)
-    name = str(signed.get("name")) if isinstance(signed, dict) else ""
-    publisher = publishers().get(name)
-    if publisher is None:
-        raise SignatureError(
-            f"{folder} is signed as {name!r}, which is not among the publishers of {publishers_file()}"
-        )
-    verify(folder, name, publisher)
-    return name
+    with tempfile.TemporaryDirectory(prefix="iabn_hub-signed-") as place:
+        copy = Path(place) / "folder"
+
+        def error(text: object) -> SignatureError:
+            return SignatureError(str(text).replace(str(copy), str(folder)))
+
+        copy.mkdir()
+        for name in (file, RELEASE, SIGNATURE):
+            try:
+                shutil.copyfile(folder / name, copy / name)
+            except OSError as e:
+                raise SignatureError(f"{folder} is not signed: {name} cannot be read ({e.strerror})") from e
+        signed = load_json(copy / RELEASE, error)
+        name = str(signed.get("name")) if isinstance(signed, dict) else ""
+        publisher = publishers().get(name)
+        if publisher is None:
+            listed = publishers_file()
+            raise SignatureError(f"{folder} is signed as {name!r}, which is not among the publishers of {listed}")
+        try:
+            verify(copy, name, publisher)
+        except SignatureError as e:
+            raise error(e) from e
+        return load_json(copy / file, error)
 
 
 def public_key_of(private_key: Path) -> bytes:
@@ -163,7 +180,7 @@ def _hashing() -> Any:
 
 def _link(file: Path, to: Path) -> None:
     try:
-        os.link(file, to)
+        os.link(file.resolve(), to)
     except OSError:  # another file system
         shutil.copy(file, to)
 

@@ -179,7 +179,7 @@ def steps_in_full(steps):
                 f"{1e3 * row['step_s']:.0f} ms ({_ratio(row)})" if "step_s" in row else "not measured",
                 f"{row['step_least']:.2f}–{row['step_most']:.2f}" if "step_s" in row else "",
                 f"{row['compile_s']:.0f} s" if "compile_s" in row else "",
-                f"{row['gradient_cosine']:.6f}",
+                f"{row['gradient_cosine']:.6f}" if "gradient_cosine" in row else "",
             )
             yield f"| {' | '.join(cells)} |"
     yield ""

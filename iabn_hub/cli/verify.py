@@ -9,9 +9,10 @@ import click
 
 from ..checkpoints.catalogue import records
 from ..checkpoints.fetch import cached_files, local_file
-from ..checkpoints.verify import difference, recheck
+from ..checkpoints.verify import difference, digests_of, recheck
+from ..files import Digests
 from ..models.pretrained import find_checkpoint
-from ..publishing.mirror import verify_mirror
+from ..publishing.mirror import verified_row, verify_mirror
 from ..signing import Publisher, SignatureError
 from ..signing import verify as verify_signature
 from .frame import FAILED, OK, complete_names, json_option, print_json
@@ -38,11 +39,12 @@ def command(
     minimum: int,
     as_json: bool,
 ) -> int:
-    """Check the md5 of cached checkpoints, or of a mirror, or the signature of exported folders.
+    """Check the digests of cached checkpoints, or of a mirror, or the signature of exported folders.
 
-    Reads the files again and compares with the published md5. A digest proves that a file is the published one. Who
-    published it, only a signature proves: with --signature, NAME is a folder that 'iabn-hub export --sign' wrote, of
-    which no file may be changed, added or missing, but for the .gitattributes and .cache of the Hub.
+    Reads the files again and compares with the published md5, and SHA-256 where it is known. A digest proves that a
+    file is the published one. Who published it, only a signature proves: with --signature, NAME is a folder that
+    'iabn-hub export --sign' wrote, of which no file may be changed, added or missing, but for the .gitattributes and
+    .cache of the Hub.
 
     NAME is model or model.tag; without names, all cached checkpoints are checked.
 
@@ -63,10 +65,15 @@ def command(
         print_json(rows)
     else:
         for row in rows:
-            detail = f": {row['reason']}; delete it" if row["status"] == "wrong" else ""
+            detail = f": {_wrong(row)}; delete it" if row["status"] == "wrong" else ""
             hint = f"; {way_out.format(row['name'])}" if row["status"] != "ok" else ""
             print(f"{row['status']:<8} {row['name']}  {row['path']}{detail}{hint}")
     return OK if all(row["status"] == "ok" for row in rows) else FAILED
+
+
+def _wrong(row: dict[str, Any]) -> str:
+    digests = (Digests(row[f"{kind}md5"], row.get(f"{kind}sha256") or "") for kind in ("", "expected_"))
+    return difference(*digests)
 
 
 def _verify_signatures(names: tuple[str, ...], key: Path, signed_as: str | None, minimum: int, as_json: bool) -> int:
@@ -100,7 +107,6 @@ def _verify_cached(names: tuple[str, ...]) -> list[dict[str, Any]]:
         if not present and names:
             rows.append({"name": record.name, "status": "missing", "path": str(files[0][0])})
         for path, digests in present:
-            wrong = difference(path, digests) if local else recheck(path, digests)
-            row = {"name": record.name, "status": "wrong" if wrong else "ok", "path": str(path), **digests._asdict()}
-            rows.append(row | {"reason": wrong} if wrong else row)
+            found = digests_of(path, digests) if local else recheck(path, digests)
+            rows.append(verified_row(record.name, path, digests, found))
     return rows

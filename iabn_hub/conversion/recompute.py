@@ -94,8 +94,10 @@ class Recipe:
 
     def settle(self, t: Tensor) -> None:
         """Autograd keeps t, the tensor or a view of it: it is taken from there, not computed again."""
-        whole = t if geometry(t) == (self.size, self.stride, 0) else t.detach().as_strided(self.size, self.stride, 0)
-        self.function, self.sources, self.depth = _same, [Kept(whole)], 1
+        t = t.detach()  # without its graph, which the recipe may outlive
+        if geometry(t) != (self.size, self.stride, 0):
+            t = t.as_strided(self.size, self.stride, 0)
+        self.function, self.sources, self.depth = _same, [Kept(t)], 1
 
     def forget(self) -> None:
         """The tensor was overwritten in a way that its version does not show."""

@@ -88,25 +88,29 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Tensor | None:
     """`torch.nn.functional.avg_pool2d` that keeps nothing, or None where torch's own is called for."""
-    if not _fits(input):
-        return None
     sizes = [_two(v) for v in (kernel_size, kernel_size if _is_none(stride) else stride, padding)]
+    if None in sizes or not _fits(input):
+        return None
     y: Tensor = _AveragePool.apply(input, (*sizes, ceil_mode, count_include_pad, divisor_override))
     return y
 
 
 def _is_none(stride: Any) -> bool:
-    return stride is None or stride == ()
+    return stride is None or (isinstance(stride, list | tuple) and not stride)
 
 
-def _two(value: Any) -> list[int]:
-    return [value] * 2 if isinstance(value, int) else [*value] * (2 // len(value))
+def _two(value: Any) -> list[int] | None:
+    """For both directions; None for what only torch knows how to read."""
+    values = [value] if type(value) is int else list(value) if isinstance(value, list | tuple) else []
+    if len(values) not in (1, 2) or any(type(each) is not int for each in values):
+        return None
+    return values * (2 // len(values))
 
 
 def _one(value: Any) -> int | None:
     """Of a square window; None if it is not."""
-    height, width = _two(value)
-    return height if height == width else None
+    both = _two(value)
+    return both[0] if both is not None and both[0] == both[1] else None
 
 
 def _fits(x: Any) -> bool:
@@ -115,7 +119,7 @@ def _fits(x: Any) -> bool:
         return False
     if not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4 or x.numel() == 0:
         return False
-    return x.device.type in ("cpu", "cuda") and not needs_standard_operators(x)
+    return x.device.type in ("cpu", "cuda") and x.layout == torch.strided and not needs_standard_operators(x)
 
 
 def _keep_sizes(ctx: Any, x: Tensor) -> None:

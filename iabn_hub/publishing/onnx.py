@@ -25,7 +25,6 @@ from torch import Tensor
 from ..checkpoints.errors import CheckpointError
 from ..conversion import to_batchnorm
 from ..datasets.sources import open_named
-from ..files import write_atomically
 from ..models.pretrained import Pretrained
 
 ONNX, INT8 = "model.onnx", "model.int8.onnx"
@@ -42,73 +41,72 @@ class Onnx:
 
     Args:
         images: a file, folder or pattern of images to calibrate int8 with; None: float32 alone.
-        found: what the checks found, by file; filled by `write`.
+        found: what the checks found, by file; filled by `contents`.
     """
 
     images: str | None = None
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def write(self, network: Pretrained, folder: Path) -> dict[str, Path]:
-        """Write the files into the folder; returns them by name. Raises `CheckpointError`."""
+    def contents(self, network: Pretrained) -> dict[str, bytes]:
+        """The files by name. Raises `CheckpointError`."""
         images = None if self.images is None else calibration_images(network, self.images)
-        self.found[ONNX] = write_onnx(network, folder / ONNX)
+        made = {ONNX: onnx_of(network)}
         if images is not None:
-            self.found[INT8] = write_int8(folder / ONNX, folder / INT8, images)
-        return {name: folder / name for name in self.found}
+            made[INT8] = int8_of(made[ONNX][0], images)
+        self.found |= {name: found for name, (_, found) in made.items()}
+        return {name: content for name, (content, _) in made.items()}
 
 
-def write_onnx(network: Pretrained, path: Path) -> dict[str, Any]:
-    """Export a network, and compare it in onnxruntime with PyTorch on random images.
+def onnx_of(network: Pretrained) -> tuple[bytes, dict[str, Any]]:
+    """A network as ONNX, compared in onnxruntime with PyTorch on random images.
 
     The same weights and versions give the same bytes.
 
     Args:
-        network: of images of 3 or more channels; in eval mode afterwards.
-        path: of the file, which is replaced as a whole.
+        network: in eval mode afterwards.
 
     Returns:
-        The input's shape, and `difference`: the largest of the logits, relative to the largest logit.
+        The file, and what was found: the input's shape, and `difference`: the largest of the logits, relative to the
+        largest logit.
 
     Raises:
         CheckpointError: onnx, onnxscript or onnxruntime is not installed, the network cannot be exported, or the logits
-            differ by more than 1e-4; nothing was written.
+            differ by more than 1e-4.
     """
-    _require("onnx", "onnxscript", "onnxruntime")
+    _require(*PACKAGES)
     shape = tuple(network.model.pretrained_cfg["input_size"])  # type: ignore[index]
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     standard = to_batchnorm(network.model.eval()).cpu().float()
     with torch.inference_mode():
         expected = standard(images)
-    content = _exported(standard, images[:BATCH], path)
+    content = _exported(standard, images[:BATCH], network.name)
     found = torch.from_numpy(_session(content).run(None, {"images": images.numpy()})[0])
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     if found.shape != expected.shape or not difference <= TOLERANCE:
         raise CheckpointError(
-            f"{path}: not written: in onnxruntime the logits differ by {difference:.1e} of the largest one; at most "
-            f"{TOLERANCE:.0e} is allowed"
+            f"{network.name}: in onnxruntime the logits of {ONNX} differ by {difference:.1e} of the largest one; at "
+            f"most {TOLERANCE:.0e} is allowed"
         )
-    write_atomically(path, content)
-    return {"images": ["N", *shape], "difference": difference}
+    return content, {"images": ["N", *shape], "difference": difference}
 
 
-def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> dict[str, Any]:
-    """Quantise weights and activations of an ONNX file to int8, and compare both in onnxruntime.
+def int8_of(source: bytes, images: Sequence[Tensor]) -> tuple[bytes, dict[str, Any]]:
+    """Weights and activations of an ONNX file quantised to int8, compared with it in onnxruntime.
 
     Weights have a scale for each channel, activations one for each tensor, from their ranges on the images.
 
     Args:
-        source: as written by `write_onnx`.
-        path: of the file, which is replaced as a whole.
+        source: as made by `onnx_of`.
         images: batches (N, C, H, W) like those of the training, normalised; see `calibration_images`.
 
     Returns:
-        `images`: how many; `cosine`: mean cosine of the logits to those in float32; `agreement`: share of the images
-        with the same first class.
+        The file, and what was found: `images`: how many; `cosine`: mean cosine of the logits to those in float32;
+        `agreement`: share of the images with the same first class.
 
     Raises:
-        CheckpointError: a package is missing, or the mean cosine is below 0.9; nothing was written.
+        CheckpointError: a package is missing, or the mean cosine is below 0.9.
     """
-    _require("onnx", "onnxruntime")
+    _require(*PACKAGES)
     from onnxruntime.quantization import (  # type: ignore[import-untyped]  # noqa: PLC0415
         CalibrationDataReader,
         QuantFormat,
@@ -126,14 +124,15 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> dict[str, 
             return None if batch is None else {"images": batch.numpy()}
 
     with tempfile.TemporaryDirectory(prefix="iabn_hub-onnx-") as folder, _quiet():
-        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)  # folds norms into convolutions
+        given, prepared, quantised = (Path(folder) / name for name in ("given", "prepared", "quantised"))
+        given.write_bytes(source)
+        quant_pre_process(given, prepared, skip_symbolic_shape=True)  # folds norms into convolutions
         quantize_static(
             prepared, quantised, Images(), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
         )  # fmt: skip
         content = _plain(quantised.read_bytes())
-    before, after = _session(source.read_bytes()), _session(content)
+    before, after = _session(source), _session(content)
     exact, found = (
         torch.cat([torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) for batch in images])
         for session in (before, after)
@@ -141,12 +140,11 @@ def write_int8(source: Path, path: Path, images: Sequence[Tensor]) -> dict[str, 
     cosine = float(torch.nn.functional.cosine_similarity(exact, found).mean())
     if not cosine >= SIMILARITY:
         raise CheckpointError(
-            f"{path}: not written: the logits in int8 have a mean cosine of {cosine:.2f} to those in float32, less "
+            f"{INT8} was not written: the logits in int8 have a mean cosine of {cosine:.2f} to those in float32, less "
             f"than {SIMILARITY}: calibrate with more images, and such as the network was trained on"
         )
-    write_atomically(path, content)
     agreement = float((exact.argmax(1) == found.argmax(1)).float().mean())
-    return {"images": len(exact), "cosine": round(cosine, 6), "agreement": round(agreement, 6)}
+    return content, {"images": len(exact), "cosine": round(cosine, 6), "agreement": round(agreement, 6)}
 
 
 def calibration_images(network: Pretrained, names: str) -> list[Tensor]:
@@ -165,7 +163,7 @@ def calibration_images(network: Pretrained, names: str) -> list[Tensor]:
     return list(torch.stack(images).split(BATCH))
 
 
-def _exported(standard: torch.nn.Module, images: Tensor, path: Path) -> bytes:
+def _exported(standard: torch.nn.Module, images: Tensor, name: str) -> bytes:
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="iabn_hub-onnx-") as folder:
             program = torch.onnx.export(
@@ -176,7 +174,7 @@ def _exported(standard: torch.nn.Module, images: Tensor, path: Path) -> bytes:
             program.save(Path(folder) / ONNX)
             return _plain((Path(folder) / ONNX).read_bytes())
     except Exception as e:  # whatever the exporter makes of a network it cannot express
-        raise CheckpointError(f"{path}: the network cannot be exported: {(str(e).splitlines() or ['?'])[0]}") from e
+        raise CheckpointError(f"{name} cannot be exported to ONNX: {(str(e).splitlines() or ['?'])[0]}") from e
 
 
 def _plain(content: bytes) -> bytes:
@@ -201,6 +199,9 @@ def _session(content: bytes) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def _require(*packages: str) -> None:

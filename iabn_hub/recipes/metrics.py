@@ -20,7 +20,7 @@ class RunMetrics:
     `epochs` has a row for each epoch, as metrics.csv. `images` is the number of training images, `skipped` of those
     that could not be read, `initial_weights` a name ('' for random ones), and `seconds` the time of all starts. None
     where an earlier version did not note it. `data` is the digest of the validation images, see
-    `iabn_hub.datasets.digest`; `command` and `versions` are those of the last start.
+    `iabn_hub.datasets.digest`; `command`, `ranks` and `versions` are those of the last start.
     """
 
     model: str
@@ -35,6 +35,7 @@ class RunMetrics:
     recipe: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     command: str | None = None
+    ranks: Integer | None = None
     versions: Mapping[str, str] | None = None
 
 

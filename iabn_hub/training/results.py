@@ -40,7 +40,7 @@ def write_results(
         seconds: of all starts of the run.
         skipped: images that could not be read.
         best_only: the weights of the best epoch are model.safetensors, and those of the last are not written.
-        origin: `data`, `command` and `versions` of `RunMetrics`.
+        origin: `data`, `command`, `ranks` and `versions` of `RunMetrics`.
     """
     run = trainer.run
     monitor = f"val_{run.task.monitors[0]}"

@@ -134,7 +134,7 @@ def _train(recipe: Recipe, options: Options, world: World, stop_requested: Calla
         if world.is_primary:
             seconds = trainer.seconds()
             data = digest_of(task.val_loader(options.workers).dataset, options.location.root)
-            origin = {"data": data, "command": options.command, "versions": versions()}
+            origin = {"data": data, "command": options.command, "ranks": world.size, "versions": versions()}
             write_results(trainer, options.out, log, seconds, len(skipped.seen), options.best, origin)
         return True
     finally:

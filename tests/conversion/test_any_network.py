@@ -1,6 +1,7 @@
 """Whatever a network does, a converted one computes the same gradients, or raises the same error."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -284,6 +285,30 @@ FAULTS = {
 @pytest.mark.parametrize("method", ["auto", "recompute", "invert"])
 def test_what_was_wrong_once(name, method):
     assert_same_gradients_or_error(FAULTS[name], method)
+
+
+def test_a_graph_that_was_detached_is_freed():
+    """The second loss needs what the first graph computed, not that graph."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            features = self.first(x).relu() + self.second(x)
+            y = self.last(features)
+            z = self.last(features.detach() + self.last.weight.sum())
+            self.node = weakref.ref(features.grad_fn)
+            return y, z
+
+    network = Two().double()
+    iabn_hub.convert(network)
+    y, z = network(torch.randn(2, 4, 8, 8, dtype=torch.float64))
+    assert network.node() is not None
+    del y
+    assert network.node() is None
+    z.sum().backward()
 
 
 @pytest.mark.parametrize("act", [F.relu, F.silu, lambda y: F.leaky_relu(y, 0.1)])

@@ -1,11 +1,14 @@
 """Pooling that does not keep its input: the same bits as torch's, and fewer of them kept."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
+import iabn_hub
 from iabn_hub.layers.pooling import AvgPool2d, MaxPool2d
 
 
@@ -70,6 +73,51 @@ def test_derivatives(pool):
 def test_what_does_not_fit_is_left_to_torch(options):
     x = torch.randn(1, 2, 30, 30, requires_grad=True)
     assert torch.equal(MaxPool2d(**options)(x), nn.MaxPool2d(**options)(x))
+
+
+class Calls(nn.Module):
+    def __init__(self, function, options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, x):
+        return self.function(x, **self.options)
+
+
+def assert_the_same_when_converted(network):
+    x = torch.randn(2, 3, 9, 9, requires_grad=True)
+    plain = network(x)
+    (expected,) = torch.autograd.grad(plain.square().sum(), x)
+    iabn_hub.convert(network)
+    found = network(x)
+    assert torch.equal(found, plain)
+    assert torch.equal(torch.autograd.grad(found.square().sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": np.int64(2)}, {"kernel_size": torch.tensor(2)}, {"kernel_size": [3], "stride": []},
+        {"kernel_size": (2,), "padding": [1, 1]}, {"kernel_size": 3, "stride": (2, 1)},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_whatever_torch_reads_as_a_window(name, options):
+    assert_the_same_when_converted(Calls(getattr(F, name), options))
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: F.max_pool2d(input=x, kernel_size=2, stride=1),
+    lambda x: F.max_pool2d(x, 3, 2, 1, 1, True),
+    lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
+    lambda x: F.max_pool2d(x[0], 2),
+    lambda x: F.avg_pool2d(input=x, kernel_size=2),
+    lambda x: F.avg_pool2d(x, 3, 2, 1, True, False, 5),
+    lambda x: F.avg_pool2d(x[0], 2),
+])  # fmt: skip
+def test_ways_to_call_them_in_a_converted_network(call):
+    assert_the_same_when_converted(Calls(call, {}))
 
 
 @pytest.mark.parametrize(

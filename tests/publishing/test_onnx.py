@@ -80,6 +80,9 @@ def test_the_same_bytes_each_time_and_no_paths(exported, tmp_path):
 def test_provenance_card_and_json(exported, tmp_path, capsys):
     files = json.loads((exported / "provenance.json").read_text())["files"]
     assert {"model.onnx", "model.int8.onnx"} <= set(files)
+    provenance = json.loads((exported / "provenance.json").read_text())
+    assert provenance["command"].startswith(f"iabn-hub export {NAME} --int8 ")
+    assert "onnxruntime" in provenance["versions"]
     assert "onnxruntime" in (exported / "README.md").read_text()
     capsys.readouterr()
     assert export(tmp_path, "--onnx") == 0
@@ -93,15 +96,24 @@ def test_what_differs_too_much_is_not_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "TOLERANCE", 0.0)
     assert export(tmp_path, "--onnx") == 1
     assert "in onnxruntime the logits differ by" in capsys.readouterr().err
+    assert not list((tmp_path / NAME).glob("model*"))
+    monkeypatch.undo()
+    assert export(tmp_path, "--onnx") == 0  # what failed left nothing in the way
+
+
+def test_what_an_earlier_export_wrote_does_not_stay_beside_other_weights(tmp_path):
+    assert export(tmp_path, "--int8", SAMPLES) == 0
+    (tmp_path / NAME / "model.int8.onnx").write_bytes(b"of the user now")
+    assert export(tmp_path) == 0
     assert not (tmp_path / NAME / "model.onnx").exists()
+    assert (tmp_path / NAME / "model.int8.onnx").read_bytes() == b"of the user now"
 
 
-def test_ranges_that_do_not_fit_the_network_are_refused(exported, tmp_path):
+def test_ranges_that_do_not_fit_the_network_are_refused(exported):
     """Images a thousand times too bright: the ranges of activations leave the others a single step."""
     images = [torch.cat([torch.full((1, 3, 64, 64), 1e6), torch.randn(7, 3, 64, 64)])]
     with pytest.raises(module.CheckpointError, match="mean cosine of"):
-        module.write_int8(exported / "model.onnx", tmp_path / "int8.onnx", images)
-    assert not (tmp_path / "int8.onnx").exists()
+        module.int8_of((exported / "model.onnx").read_bytes(), images)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
