@@ -73,6 +73,7 @@ def _draw_network(axis: Axes, name: str, rows: dict[str, Any]) -> None:
             axis.plot(kept, step, marker=drawn.get_marker(), color=drawn.get_color(), linestyle="", zorder=2)
             axis.annotate(str(number), (kept, step), (5, 4), textcoords="offset points", fontsize=8)
     axis.set_title(name, fontsize=10)
+    axis.margins(y=0.15)
     axis.set_xlim(0, 1.08 * max(1.0, *(kept for kept, _ in points.values())))
     axis.grid(alpha=0.3)
 

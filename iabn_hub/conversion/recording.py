@@ -121,11 +121,9 @@ class Recording(TorchFunctionMode):
             return self._instance_norm(*args, **kwargs)
         if is_known(function, name):
             return self._recomputed(function, name, args, kwargs)
-        result = None
-        if function in _POOLING and self.method != "invert" and type(args[0] if args else kwargs["input"]) is Tensor:
-            result = _POOLING[function](*args, **kwargs)
-        if result is None:
-            result = function(*args, **kwargs)
+        pool = None if self.method == "invert" else _POOLING.get(function)
+        result = None if pool is None else pool(*args, **kwargs)
+        result = function(*args, **kwargs) if result is None else result
         if self.fresh and isinstance(result, Tensor):
             self._share_version(result)
         return result

@@ -115,7 +115,7 @@ def _one(value: Any) -> int | None:
 
 def _fits(x: Any) -> bool:
     # A tracer would record the sizes that are asked for.
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     if not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4 or x.numel() == 0:
         return False

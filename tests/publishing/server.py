@@ -158,7 +158,10 @@ class Hub:
         if isinstance(files, Response):
             return files
         rows = []
+        recursive = request.args.get("recursive", "").lower() == "true"
         for path, content in sorted(files.items()):
+            if "/" in path and not recursive:
+                continue
             row = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
             if path.endswith(LARGE):
                 row["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 134}

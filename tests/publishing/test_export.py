@@ -148,7 +148,7 @@ def test_a_signed_folder(export, listed, keys, tmp_path, monkeypatch, capsys, re
     assert export(*line[:1], "--repo", "me/it", *line[3:])[0] == 2  # the signature would be lost
 
 
-def test_figures_as_results_of_a_benchmark(export, listed, tmp_path, monkeypatch, keys):
+def test_figures_as_results_of_a_benchmark(export, listed, server, tmp_path, monkeypatch, keys):
     pytest.importorskip("huggingface_hub", minversion="1.4")
     results = (Result("224", "validation", top1=71.25, crop=224), Result("long", "validation", miou=50.5, note="whole"))
     monkeypatch.setattr(command, "export_of", lambda *a: replace(export_of(*a), results=results))
@@ -165,6 +165,9 @@ def test_figures_as_results_of_a_benchmark(export, listed, tmp_path, monkeypatch
     assert "top-1 in %" in entries[0].notes
     assert main(["verify", str(tmp_path / NAME), "--signature", str(keys / "ours.pub")]) == 0
     assert export(*line[:-1], "no-task")[0] == 2
+    line = [NAME, "--repo", "me/legacy", "--benchmark", "ORG/birds-1k:classify"]
+    assert ".eval_results/birds-1k.yaml" in export(*line)[1][0]["uploaded"]
+    assert export(*line)[1][0]["uploaded"] == []
 
 
 def test_without_figures_there_is_no_benchmark(export, listed, tmp_path):

@@ -95,7 +95,7 @@ def test_provenance_card_and_json(exported, tmp_path, capsys):
 def test_what_differs_too_much_is_not_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "TOLERANCE", 0.0)
     assert export(tmp_path, "--onnx") == 1
-    assert "in onnxruntime the logits differ by" in capsys.readouterr().err
+    assert "in onnxruntime the logits of model.onnx differ by" in capsys.readouterr().err
     assert not list((tmp_path / NAME).glob("model*"))
     monkeypatch.undo()
     assert export(tmp_path, "--onnx") == 0  # what failed left nothing in the way
