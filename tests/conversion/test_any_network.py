@@ -312,9 +312,8 @@ def test_a_graph_that_was_detached_is_freed():
             marker = Marker()
             self.marker = weakref.ref(marker)
             features = Marked.apply(self.first(x).relu(), marker) + self.second(x)
-            y = self.last(features)
-            z = self.last(features.detach() + self.last.weight.sum())
-            return y, z
+            shifted = features.detach() + self.last.weight.sum()
+            return self.last(features), self.last(shifted)
 
     network = Two().double()
     iabn_hub.convert(network)
