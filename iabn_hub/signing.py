@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import NoHomeError, UntrustedError, expanded, require_trusted, write_atomically
-from .schema import load_json
+from .schema import LARGEST_FILE, load_json
 
 SIGNATURE, RELEASE = "model.sig", "release.json"
 IGNORED = (SIGNATURE, ".gitattributes", ".cache")  # the last two are added by the Hub and by its client
@@ -124,10 +124,13 @@ def signed_json(folder: Path, file: str) -> Any:
 
         copy.mkdir()
         for name in (file, RELEASE, SIGNATURE):
+            if not (folder / name).is_file():
+                raise SignatureError(f"{folder} is not signed: there is no file {name} in it")
             try:
-                shutil.copyfile(folder / name, copy / name)
+                with (folder / name).open("rb") as source:
+                    (copy / name).write_bytes(source.read(LARGEST_FILE + 1))
             except OSError as e:
-                raise SignatureError(f"{folder} is not signed: {name} cannot be read ({e.strerror})") from e
+                raise SignatureError(f"{folder / name}: cannot be read ({e.strerror})") from e
         signed = load_json(copy / RELEASE, error)
         name = str(signed.get("name")) if isinstance(signed, dict) else ""
         publisher = publishers().get(name)

@@ -7,8 +7,8 @@ from .paths import ROOT
 PACKAGE = ROOT / "iabn_hub"
 # From the bottom to the top: a folder imports from those that stand before it.
 ORDER = (
-    "starting", "schema", "files", "signing", "terminal", "pages", "world", "checkpoints", "layers", "conversion",
-    "compatibility", "models", "recipes",
+    "starting", "versions", "schema", "files", "signing", "terminal", "pages", "world", "checkpoints", "layers",
+    "conversion", "compatibility", "models", "recipes",
     "datasets", "evaluation", "classification", "segmentation", "training", "publishing", "benchmarks", "demo", "cli",
 )  # fmt: skip
 

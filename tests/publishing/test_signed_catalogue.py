@@ -74,6 +74,11 @@ def replayed(folder):
     (folder / "release.json").write_text(json.dumps(signed | {"release": 9}))
 
 
+def endless(folder):
+    (folder / "catalogue.json").unlink()
+    (folder / "catalogue.json").symlink_to("/dev/zero")
+
+
 def replaced_by_a_file(folder):
     """Of a folder that must be signed, a file that need not be."""
     content = (folder / "catalogue.json").read_bytes()
@@ -86,13 +91,23 @@ def replaced_by_a_file(folder):
     [
         (lambda folder: flip_a_byte(folder / "catalogue.json"), "not those that were signed"),
         (replayed, "not those that were signed"),
-        (lambda folder: (folder / "model.sig").unlink(), "is not signed: model.sig cannot be read"),
-        (lambda folder: (folder / "release.json").unlink(), "release.json"),
+        (lambda folder: (folder / "model.sig").unlink(), "is not signed: there is no file model.sig"),
+        (lambda folder: (folder / "release.json").unlink(), "there is no file release.json"),
+        (endless, "there is no file catalogue.json"),
         (lambda folder: flip_a_byte(folder / "model.sig"), "signature"),
         (shutil.rmtree, "is neither a file NAME.json nor a signed folder"),
         (replaced_by_a_file, "is neither a file NAME.json nor a signed folder"),
     ],
-    ids=["flipped byte", "replayed", "unsigned", "no release", "damaged signature", "gone", "a file in its place"],
+    ids=[
+        "flipped byte",
+        "replayed",
+        "unsigned",
+        "no release",
+        "endless",
+        "damaged signature",
+        "gone",
+        "a file in its place",
+    ],
 )
 def test_what_was_changed_is_refused_before_use(publish, folder, change, says):
     publish()

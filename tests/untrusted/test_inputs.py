@@ -53,13 +53,13 @@ def test_an_added_catalogue_cannot_break_the_import(what, tmp_path, monkeypatch,
 
 
 def test_import_with_an_endless_catalogue(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(tmp_path / "fifo.json")
     done = subprocess.run(
         [sys.executable, "-c", "import iabn_hub"], capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "IABN_HUB_CATALOGUE": f"{tmp_path / 'fifo'}{os.pathsep}/dev/zero"},
+        env={**os.environ, "IABN_HUB_CATALOGUE": f"{tmp_path / 'fifo.json'}{os.pathsep}/dev/zero"},
     )  # fmt: skip
     assert done.returncode == 0
-    assert "fifo: is not a file" in done.stderr
+    assert "fifo.json: is not a file" in done.stderr
 
 
 # Any JSON, with what is rare in it more often.
