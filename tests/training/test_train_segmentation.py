@@ -186,7 +186,9 @@ def test_validation_says_what_does_not_fit(scenes, measure, tmp_path):
     assert train(scenes, tmp_path / "run", *SMALL, "--epochs", "1") == 0
     run = tmp_path / "run"
     assert "--ten-crop is for classification" in measure(run, scenes, "--ten-crop")[1]
-    assert measure(run, scenes, "--check")[1]["check"]["passed"]
+    found = measure(run, scenes, "--check")[1]
+    assert found["check"]["passed"]
+    assert found["data"]["files"] == 2 * found["images"]  # with their labels
     assert "MODEL must be a name from 'iabn-hub list'" in measure(run / "model.safetensors", scenes, "--check")[1]
     assert "none/val is not a folder" in measure(run, tmp_path / "none")[1]
     other = shapes(tmp_path / "other", train=1, val=1, side=64)

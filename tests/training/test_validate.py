@@ -1,16 +1,21 @@
 """Validation measures what the catalogue says, whatever names the network, and says what it cannot do."""
 
 import json
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.datasets import ImageFolder
 
 import iabn_hub
 from iabn_hub.checkpoints import fetch_checkpoint, find
 from iabn_hub.cli import main
+from iabn_hub.datasets.digest import digest_of
+from iabn_hub.datasets.samples import Samples
 
 from ..paths import DATA
 
@@ -74,6 +79,56 @@ def test_the_figures_of_a_run_are_measured_again(measure, pictures, train, tmp_p
     code, found = measure(out, data, "--check")
     assert (code, found["check"]["passed"]) == (1, False)
     assert found["check"]["difference"]["top1"] == pytest.approx(-1)
+
+
+def test_a_figure_is_of_these_files(measure, pictures, train, tmp_path, capsys):
+    data, out = pictures(), tmp_path / "run"
+    assert train(data, "--epochs", "1") == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["ranks"] == 1
+    assert metrics["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert metrics["command"].startswith("iabn-hub train ")
+    code, found = measure(out, data, "--check")
+    assert (code, found["data"]) == (0, metrics["data"])
+    assert shlex.split(found["command"])[:3] == ["iabn-hub", "validate", str(out)]
+    # Anyone can compute the digest again.
+    lines = "find val -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
+    told = subprocess.run(["bash", "-c", lines], cwd=data, capture_output=True, text=True, check=True).stdout
+    assert told.split()[0] == found["data"]["sha256"]
+    # Other pixels, with the same class and so the same accuracy.
+    changed = sorted((data / "val").rglob("*.png"))[0]
+    Image.open(changed).rotate(180).save(changed)
+    code, found = measure(out, data, "--check", "--tolerance", "100")
+    assert (code, found["check"]["passed"]) == (1, False)
+    assert main(["validate", str(out), str(data), "--workers", "0", "--check", "--tolerance", "100"]) == 1
+    assert "other images or labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["a file with another name", "a file in another class", "one file less"])
+def test_whatever_changes_what_is_measured_changes_the_digest(tmp_path, how):
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "val" / name)
+
+    def digest():
+        return digest_of(Samples(ImageFolder(tmp_path / "val"), None), str(tmp_path))
+
+    before = digest()
+    assert before["files"] == 3
+    place = tmp_path / "val" / "a" / "2.png"
+    if how == "one file less":
+        place.unlink()
+    else:
+        place.rename(tmp_path / "val" / ("a/4.png" if "name" in how else "b/2.png"))
+    assert digest()["sha256"] != before["sha256"]
+
+
+def test_an_unreadable_file_does_not_stop_the_digest(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a" / "1.png").symlink_to("nowhere")
+    samples = Samples(ImageFolder(tmp_path / "val"), None)
+    assert digest_of(samples, str(tmp_path))["files"] == 1
+    assert digest_of(object(), str(tmp_path)) is None
 
 
 def test_a_file_in_the_folder_of_a_run_is_the_one_that_is_measured(measure, pictures, train, recipe_file, tmp_path):
