@@ -172,7 +172,7 @@ class _KeepsInput(torch.autograd.Function):
 
 
 class Normalise(_KeepsInput):
-    """The norm alone. The result of the batch's statistics is left in `found`."""
+    """The norm alone. In training, its statistics become those of x."""
 
     @staticmethod
     def forward(
@@ -180,23 +180,16 @@ class Normalise(_KeepsInput):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        given: tuple[Any, Any] | None,
-        eps: float,
-        per_sample: bool,
-        found: list[Normalisation],
+        norm: Normalisation,
         running: Running,
     ) -> Tensor:
-        affine = [None if v is None else v.detach().clone() for v in (weight, bias)]
-        mean, var = given or (None, None)
-        norm = Normalisation(affine[0], affine[1], mean, var, eps, given is None, per_sample)
-        y = norm(x) if given else norm.measure(x, running)
-        found.append(norm)
+        y = norm.measure(x, running) if norm.centred else norm(x)
         _KeepsInput._save(ctx, x, weight, bias, norm)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_KeepsInput._gradients(ctx, dy), *(None,) * 5
+        return *_KeepsInput._gradients(ctx, dy), None, None
 
 
 class Activate(_KeepsInput):
@@ -257,23 +250,27 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Normalisation]:
     """`torch.nn.functional.batch_norm`, and how to compute its result again from x."""
-    given, running = None, (running_mean, running_var, None, momentum)
-    if not training and running_mean is not None and running_var is not None:
-        given = (running_mean.clone(), running_var.clone())
-    found: list[Normalisation] = []
-    y: Tensor = Normalise.apply(x, weight, bias, given, eps, False, found, running)
-    if given is None:
+    running = (running_mean, running_var, None, momentum)
+    centred = training or running_mean is None or running_var is None
+    mean, var = (None, None) if centred else map(_copied, running[:2])
+    norm = Normalisation(_copied(weight), _copied(bias), mean, var, eps, centred, per_sample=False)
+    y: Tensor = Normalise.apply(x, weight, bias, norm, running)
+    if centred:
         torch.autograd.graph.increment_version([v for v in running[:2] if v is not None])
-    return y, found[0]
+    return y, norm
 
 
 def instance_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Normalisation]:
     """`torch.nn.functional.instance_norm` without running statistics, and how to compute its result again from x."""
-    found: list[Normalisation] = []
-    y: Tensor = Normalise.apply(x, weight, bias, None, eps, True, found, NOT_TRACKED)
-    return y, found[0]
+    norm = Normalisation(_copied(weight), _copied(bias), None, None, eps, centred=True, per_sample=True)
+    y: Tensor = Normalise.apply(x, weight, bias, norm, NOT_TRACKED)
+    return y, norm
+
+
+def _copied(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.detach().clone()
 
 
 def unsupported(x: Tensor, options: dict[str, Any], values_per_channel: int) -> str:

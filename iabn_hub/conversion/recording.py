@@ -123,10 +123,7 @@ class Recording(TorchFunctionMode):
             return self._recomputed(function, name, args, kwargs)
         pool = None if self.method == "invert" else _POOLING.get(function)
         result = None if pool is None else pool(*args, **kwargs)
-        result = function(*args, **kwargs) if result is None else result
-        if self.fresh and isinstance(result, Tensor):
-            self._share_version(result)
-        return result
+        return self._share_version(function(*args, **kwargs) if result is None else result)
 
     def is_on_top(self) -> bool:
         """Whether no other hooks, such as those of a checkpoint, take the saved tensors."""
@@ -238,12 +235,15 @@ class Recording(TorchFunctionMode):
             del self.recipes[storage]
             self.norms.pop(storage, None)
 
-    def _share_version(self, y: Tensor) -> None:
-        """Let slots that hold the result of a function notice when it is overwritten: autograd saved an alias."""
+    def _share_version(self, y: Any) -> Any:
+        """The result of a function; slots that hold it notice when it is overwritten: autograd saved an alias."""
+        if not self.fresh or not isinstance(y, Tensor):
+            return y
         storage = storage_of(y)
         for slot, saved in self.fresh:
             if saved == storage and isinstance(slot.content, Kept) and slot.content.tensor._version != y._version:
                 slot.hold(Kept(y.detach().as_strided(*geometry(slot.content.tensor))))
+        return y
 
     # ---- norms
 
@@ -294,10 +294,7 @@ class Recording(TorchFunctionMode):
             return function(*args, **kwargs)
         call = read_call(name, args, kwargs)
         if call is None or not all(type(t) in _PLAIN for t in call.tensors):
-            result = function(*args, **kwargs)
-            if self.fresh and isinstance(result, Tensor):
-                self._share_version(result)
-            return result
+            return self._share_version(function(*args, **kwargs))
         first = call.tensors[0]
         known = self._recipe_of(first, storage_of(first))
         fused = self._activate(call, known, functools.partial(function, **kwargs), args)
@@ -311,9 +308,8 @@ class Recording(TorchFunctionMode):
             self._remember(y, call.function, sources)
             if call.is_norm and self.method != "invert":
                 self._observe("recompute")
-        elif isinstance(y, Tensor):
-            self._share_version(y)
-        return y
+            return y
+        return self._share_version(y)
 
     def _activate(self, call: Call, recipe: Recipe | None, function: Any, args: Any) -> Tensor | None:
         """An activation right behind a norm: one node for both, and one pass."""
