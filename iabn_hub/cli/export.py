@@ -17,7 +17,7 @@ import huggingface_hub
 from ..checkpoints.catalogue import find, records
 from ..checkpoints.errors import CheckpointError, UnknownNameError
 from ..checkpoints.weights import WEIGHTS
-from ..files import exclusive, md5_of, sha256_of
+from ..files import Digests, exclusive, md5_of, sha256_of
 from ..publishing.export import Export, check, export_of, write_repository
 from ..publishing.hub import Target, differences, push
 from ..publishing.onnx import Onnx
@@ -168,7 +168,8 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
         sign(folder, files, repo or export.name, given["release"], given["sign"])
         files |= {name: folder / name for name in (RELEASE, SIGNATURE)}
     sizes = {file: path.stat().st_size for file, path in files.items()}
-    row |= {"source": dict(export.origin), "files": sizes, **_digests(files[WEIGHTS])}
+    digests = Digests(md5_of(files[WEIGHTS]), sha256_of(files[WEIGHTS]))
+    row |= {"source": dict(export.origin), "files": sizes, **digests._asdict()}
     if given["to_dir"]:
         row["folder"] = str(folder)
         report(f"{folder}: {sum(sizes.values()):,} bytes in {len(sizes)} files")
@@ -193,10 +194,6 @@ def _publish(export: Export, folder: Path, given: dict[str, Any], row: dict[str,
                 check(export, f"hf-hub:{repo}@{row['commit']}", Path(cache))
             row["checked"].append("hub")
             report("  checked: timm loads the repository at this commit, and its logits equal the source's bit for bit")
-
-
-def _digests(path: Path) -> dict[str, str]:
-    return {"md5": md5_of(path), "sha256": sha256_of(path)}
 
 
 def _checked(found: dict[str, Any]) -> str:

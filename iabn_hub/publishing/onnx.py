@@ -17,17 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.errors import CheckpointError
+from ..classification.predict import Classifier
 from ..conversion import to_batchnorm
 from ..datasets.sources import open_named
 from ..models.pretrained import Pretrained
 
 ONNX, INT8 = "model.onnx", "model.int8.onnx"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
 BATCH = 2
 MOST_IMAGES = 128  # to calibrate with
@@ -73,7 +74,7 @@ def onnx_of(network: Pretrained) -> tuple[bytes, dict[str, Any]]:
         CheckpointError: onnx, onnxscript or onnxruntime is not installed, the network cannot be exported, or the logits
             differ by more than 1e-4.
     """
-    _require(*PACKAGES)
+    _require_packages()
     shape = tuple(network.model.pretrained_cfg["input_size"])  # type: ignore[index]
     images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     standard = to_batchnorm(network.model.eval()).cpu().float()
@@ -106,7 +107,7 @@ def int8_of(source: bytes, images: Sequence[Tensor]) -> tuple[bytes, dict[str, A
     Raises:
         CheckpointError: a package is missing, or the mean cosine is below 0.9.
     """
-    _require(*PACKAGES)
+    _require_packages()
     from onnxruntime.quantization import (  # type: ignore[import-untyped]  # noqa: PLC0415
         CalibrationDataReader,
         QuantFormat,
@@ -155,7 +156,7 @@ def calibration_images(network: Pretrained, names: str) -> list[Tensor]:
     """
     if network.task != "classification":
         raise CheckpointError(f"{network.name}: int8 is for networks that classify")
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network.model))
+    transform = Classifier(network=network).transform
     found = (image for _, image in open_named(names) if isinstance(image, Image.Image))
     images: list[Tensor] = [transform(image) for image in itertools.islice(found, MOST_IMAGES)]
     if not images:
@@ -182,11 +183,9 @@ def _plain(content: bytes) -> bytes:
     import onnx  # noqa: PLC0415
 
     model = onnx.load_from_string(content)
-    graphs = [model.graph, *model.functions]
-    for each in (model, *graphs, *(node for graph in graphs for node in graph.node), *model.graph.value_info):
-        each.doc_string = ""
-        del each.metadata_props[:]
-    for each in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+    graph, graphs = model.graph, [model.graph, *model.functions]
+    values = (*graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    for each in (model, *graphs, *(node for part in graphs for node in part.node), *values):
         each.doc_string = ""
         del each.metadata_props[:]
     onnx.checker.check_model(model)
@@ -201,11 +200,8 @@ def _session(content: bytes) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-def _require(*packages: str) -> None:
-    for package in packages:
+def _require_packages() -> None:
+    for package in PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError as e:
